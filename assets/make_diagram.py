@@ -181,8 +181,8 @@ def draw():
     )
     title = (
         "The model: a picture of 112 by 112 pixels goes through three convolutions to a 4 by 4 "
-        "grid of visual tokens, which stand before the words; three transformer blocks read both and "
-        "score the next token at every word"
+        "grid of visual tokens, which stand before the words; three transformer blocks read both "
+        "and score the next token at every word"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
