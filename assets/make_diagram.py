@@ -11,7 +11,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT = 1180, 560
+WIDTH, HEIGHT = 1180, 630
 INK, SOFT, LINE = "#1f2937", "#4b5563", "#6b7280"
 FILL = {"picture": "#fde8d3", "text": "#dbe7fb", "block": "#e9e5f5", "plain": "#f3f4f6"}
 EDGE = {"picture": "#c2620a", "text": "#2b5fb8", "block": "#6a4fa3", "plain": "#6b7280"}
@@ -51,8 +51,7 @@ def arrow(points, label="", at=None, anchor="middle"):
 
 
 def photograph(x, y, size):
-    """A little landscape with a dog's worth of brown in it, under the 4 x 4 grid."""
-    step = size / 4
+    """A little landscape with a brown dog."""
     shapes = (
         f'<rect width="{size}" height="{size}" fill="#bcd9f2"/>'
         f'<rect y="{0.55 * size:g}" width="{size}" height="{0.45 * size:g}" fill="#9cc284"/>'
@@ -73,7 +72,6 @@ def photograph(x, y, size):
     parts.append(
         f'<rect x="{x}" y="{y}" width="{size}" height="{size}" fill="none" stroke="{LINE}"/>'
     )
-    return step
 
 
 def feature_maps(x, y, size, count, colour):
@@ -121,7 +119,7 @@ def draw():
     text(40, 34, "The eye: VisualEncoder", 16, anchor="start", weight="600")
     photograph(40, 66, 132)
     text(106, 220, "picture", 13, SOFT)
-    stages = [(300, 92, 3, "conv1"), (510, 70, 4, "conv2"), (700, 52, 5, "conv3")]
+    stages = [(300, 92, 3, "conv1"), (524, 70, 4, "conv2"), (726, 52, 5, "conv3")]
     shapes = ["3 × 112 × 112", "16 × 56 × 56", "32 × 28 × 28", "64 × 14 × 14"]
     start = 172
     for (x, size, count, name), shape in zip(stages, shapes):
@@ -143,39 +141,42 @@ def draw():
     arrow(
         [(976, 230), (976, 262), ((left + right) / 2, 262), ((left + right) / 2, y - 6)],
         "proj: 16 × 64 → 16 × 128",
-        (976 - 8, 254),
+        (968, 254),
         "end",
     )
     text((left + right) / 2, y + 52, "16 visual tokens", 12, SOFT)
-    text((first + last) / 2, y + 52, "word tokens (embedding, tied)", 12, SOFT)
-    text(40, y + 17, "each: 128 numbers", 12, SOFT, "start")
-    text(40, y + 34, "+ position embedding", 12, SOFT, "start")
+    text((first + last) / 2, y + 52, "T word tokens", 12, SOFT)
+    text(last + 28, y + 17, "each token: 128 numbers (for a word, its row of", 12, SOFT, "start")
+    text(last + 28, y + 34, "the embedding matrix), + its position embedding", 12, SOFT, "start")
 
-    middle, base = (left + last) / 2, y + 104
-    arrow([(middle, y + 60), (middle, base - 4)], "(16 + T) × 128", (middle + 12, y + 86), "start")
+    blocks = y + 104
+    middle = (left + last) / 2
+    arrow(
+        [(middle, y + 60), (middle, blocks - 4)], "(16 + T) × 128", (middle + 12, y + 86), "start"
+    )
     for offset in (12, 6, 0):
-        box(left + offset, base + 12 - offset, last - left - 12, 58, "block")
-    text(
-        (left + last - 12) / 2, base + 36, "3 blocks: causal attention (4 heads), then MLP", 15,
-        weight="600",
-    )  # fmt: skip
-    text(
-        (left + last - 12) / 2, base + 55,
-        "a place sees itself and what is left of it: every word sees the whole picture", 12, SOFT,
-    )  # fmt: skip
-    end = last + 8
-    arrow([(end, base + 38), (end + 124, base + 38)], "T × 128", (end + 60, base + 28))
-    box(end + 132, base + 4, 176, 68, "plain", ["lm_head", "the embedding matrix again"])
-    text(end + 220, base + 104, "T × 2,048 logits:", 13, INK, mono=False)
-    arrow([(end + 220, base + 76), (end + 220, base + 90)])
-    text(end + 220, base + 122, "a score for each next token", 12, SOFT)
-    written = ["a", "dog", "runs", "<eos>"]
-    text(40, base + 104, "at each word, the guess is the word after it:", 12, SOFT, "start")
-    for (x, width), word in zip(places[6:], written):
-        arrow([(x + width / 2, base + 74), (x + width / 2, base + 88)])
-        text(x + width / 2, base + 104, word, 13, EDGE["text"], weight="600", mono=True)
+        box(left + offset, blocks + 12 - offset, last - left - 12, 44, "block")
+    centre = (left + last - 12) / 2
+    text(centre, blocks + 39, "3 blocks: causal attention, 4 heads; then MLP", 15, weight="600")
+    text(last + 28, blocks + 26, "a token sees itself and those to its left:", 12, SOFT, "start")
+    text(last + 28, blocks + 43, "every word sees the whole picture", 12, SOFT, "start")
 
-    head = (
+    head = blocks + 106
+    words = [x + width / 2 for x, width in places[6:]]
+    for x in words:
+        arrow([(x, blocks + 62), (x, head - 6)])
+    text(first - 14, blocks + 86, "T × 128", 12, INK, "end", mono=True)
+    box(first, head, last - first, 34, "text", ["lm_head"])
+    text(last + 28, head + 21, "the embedding matrix, the other way round", 12, SOFT, "start")
+    guesses = head + 74
+    for x, word in zip(words, ("a", "dog", "runs", "<eos>")):
+        arrow([(x, head + 38), (x, guesses - 16)])
+        text(x, guesses, word, 13, EDGE["text"], weight="600", mono=True)
+    text(first - 14, head + 58, "T × 2,048 logits", 12, INK, "end", mono=True)
+    text(last + 28, guesses - 18, "at each word, a score for every token", 12, SOFT, "start")
+    text(last + 28, guesses - 1, "that could come after it", 12, SOFT, "start")
+
+    marker = (
         '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
         f'orient="auto-start-reverse"><path d="M0,0 L8,4 L0,8 z" fill="{LINE}"/></marker>'
     )
@@ -186,7 +187,7 @@ def draw():
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" role="img">\n<title>{escape(title)}</title>\n<defs>{head}</defs>\n'
+        f'height="{HEIGHT}" role="img">\n<title>{escape(title)}</title>\n<defs>{marker}</defs>\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="#ffffff"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"

@@ -182,7 +182,9 @@ def test_a_blind_pick_hits_as_often_as_the_measure_says(nb):
     rng = np.random.default_rng(0)
     covered = rng.random((4000, 16)) < 0.3
     hits, chance, count = nb.pointing_game(rng.random((4000, 16)), covered)
-    assert abs(hits - chance) < 2 * nb.plus_minus(chance, count)
+    low, high = nb.interval(hits, count)
+    assert low - 0.01 < chance < high + 0.01
+    assert high - low < 0.04
 
 
 def test_on_the_scenes_hiding_cells_finds_the_object(nb, truth):
@@ -210,7 +212,7 @@ def test_on_the_scenes_hiding_cells_finds_the_object(nb, truth):
     assert np.mean([logs[0].exp() > 0.5 for logs, _ in looked]) > 0.8, "it has not learned colours"
     covered = np.array([entry["g"] for entry in entries]) >= 0.1
     hits, chance, count = nb.pointing_game(np.stack([drops[:, 0] for _, drops in looked]), covered)
-    assert hits - nb.plus_minus(hits, count) > 1.5 * chance
+    assert nb.interval(hits, count)[0] > 1.5 * chance
 
 
 def test_every_caption_of_the_scenes_is_read_right(nb, truth):
