@@ -162,19 +162,18 @@ def draw():
     text(last + 28, blocks + 43, "every word sees the whole picture", 12, SOFT, "start")
 
     head = blocks + 106
-    words = [x + width / 2 for x, width in places[6:]]
-    for x in words:
-        arrow([(x, blocks + 62), (x, head - 6)])
-    text(first - 14, blocks + 86, "T × 128", 12, INK, "end", mono=True)
-    box(first, head, last - first, 34, "text", ["lm_head"])
-    text(last + 28, head + 21, "the embedding matrix, the other way round", 12, SOFT, "start")
+    arrow([(middle, blocks + 62), (middle, head - 6)])
+    text(middle + 12, blocks + 90, "(16 + T) × 128", 12, INK, "start", mono=True)
+    box(left, head, last - left, 34, "text", ["lm_head: (16 + T) × 2,048 logits"])
+    text(last + 28, head + 13, "the embedding matrix, the other way round:", 12, SOFT, "start")
+    text(last + 28, head + 30, "at each position a score for every token", 12, SOFT, "start")
     guesses = head + 74
+    words = [x + width / 2 for x, width in places[6:]]
     for x, word in zip(words, ("a", "dog", "runs", "<eos>")):
         arrow([(x, head + 38), (x, guesses - 16)])
         text(x, guesses, word, 13, EDGE["text"], weight="600", mono=True)
-    text(first - 14, head + 58, "T × 2,048 logits", 12, INK, "end", mono=True)
-    text(last + 28, guesses - 18, "at each word, a score for every token", 12, SOFT, "start")
-    text(last + 28, guesses - 1, "that could come after it", 12, SOFT, "start")
+    text((left + right) / 2, guesses, "(not used)", 12, SOFT)
+    text(last + 28, guesses, "at each word, the likeliest next one", 12, SOFT, "start")
 
     marker = (
         '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '

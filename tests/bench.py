@@ -67,12 +67,7 @@ def read_data(nb, flickr8k, cache):
         split: nb.load_split(items, cfg.IMG_SIZE, cache, f"{name}-{split}")
         for split, items in pictures.items()
     }
-    train = splits["train"]
-    tokenizer = nb.train_tokenizer((c for captions in train.captions for c in captions), cfg)
-    ids = {
-        split: nb.encode_pictures(tokenizer, loaded.captions, cfg)
-        for split, loaded in splits.items()
-    }
+    tokenizer, ids = nb.load_tokens(splits, cfg, cache)
     return name, pictures, splits, tokenizer, ids
 
 
@@ -523,7 +518,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--flickr8k", default=os.environ.get("FLICKR8K_DIR"), help="its folder; else drawn scenes")
-    add("--model", default="supravl-nano", help="folder of a trained model; else trains a little")
+    shipped = str(ROOT / "assets" / "supravl-nano")
+    add("--model", default=shipped, help="folder of a trained model; else trains a little")
     add("--recipe", default="nano", help="the preset that ours trains with")
     add("--json", help="file for the raw figures")
     add("--seconds", type=float, default=15, help="for each side, in each of three rounds")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import http.server
 import os
 import random
@@ -145,7 +146,7 @@ def test_kaggle_input_is_found_by_get_dataset(nb, tmp_path, monkeypatch, change)
         lambda folder: read(tmp_path / "input" if folder == "/kaggle/input" else folder),
     )
     name, data = nb.get_dataset(tmp_path / "download", tmp_path / "scenes")
-    assert name == "flickr8k" and len(names_of(data)) == 8
+    assert name == "own" and len(names_of(data)) == 8
 
 
 def test_empty_folder(nb, tmp_path):
@@ -185,11 +186,17 @@ def test_wrong_folder_in_the_environment_is_an_error(nb, tmp_path, monkeypatch, 
 
 
 def test_folder_in_the_environment(nb, tmp_path, monkeypatch):
-    kaggle_layout(tmp_path / "home" / "my data")
+    folder = kaggle_layout(tmp_path / "home" / "my data")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FLICKR8K_DIR", "~/my data")
     name, data = nb.get_dataset(tmp_path / "download", tmp_path / "scenes")
-    assert name == "flickr8k" and len(names_of(data)) == 8
+    assert name == "own" and len(names_of(data)) == 8  # its scores stand beside nobody's
+    names = [f"1000268201_693b08cb{i:02x}.jpg" for i in range(8)]
+    for i, flickr in enumerate(names):
+        (folder / "Images" / f"{i}.jpg").rename(folder / "Images" / flickr)
+    text = "\n".join(["image,caption", *(f"{flickr},A plain square ." for flickr in names)])
+    (folder / "captions.txt").write_text(text)
+    assert nb.get_dataset(tmp_path / "download", tmp_path / "scenes")[0] == "flickr8k"
 
 
 def test_asking_for_the_drawn_scenes(nb, tmp_path, monkeypatch):
@@ -887,6 +894,15 @@ def test_download(nb, tmp_path, capsys, download_from, change):
         assert captured.err == ""
         nb.get_dataset(tmp_path / "data" / "flickr8k", tmp_path / "no scenes")
         assert len(requests) == 2, "the second time it is there already"
+
+
+def test_download_without_progress_bars(nb, tmp_path, download_from, change):
+    """As with TQDM_DISABLE=1 in the environment: a bar that is off counts nothing."""
+    change("tqdm", functools.partial(nb.tqdm, disable=True))
+    with serve(make_archives(tmp_path)) as (url, _):
+        download_from(url)
+        name, data = nb.get_dataset(tmp_path / "flickr8k", tmp_path / "no scenes")
+    assert name == "flickr8k" and len(names_of(data)) == 10
 
 
 def test_archives_put_there_by_hand_are_unpacked(nb, tmp_path):

@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import re
+import symtable
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NOTEBOOK, ROOT
 
 SCENES = ROOT / "assets" / "scenes"
 IDS = [1, 7, 3, 11, 5, 2]  # <bos> ... <eos>
@@ -187,6 +189,23 @@ def test_a_blind_pick_hits_as_often_as_the_measure_says(nb):
     assert high - low < 0.04
 
 
+def test_best_fixed_cell(nb, truth):
+    before = np.eye(4, dtype=bool)[[0, 2, 2, 3]]
+    covered = np.eye(4, dtype=bool)[[2, 1, 1, 1, 2]]  # here cell 1 would be better: not asked
+    assert nb.best_fixed_cell(before, covered) == 0.4
+    cover = {
+        split: np.array([
+            np.array(truth["scenes"][name]["g"]) >= 0.1
+            for name in (SCENES / f"Flickr_8k.{split}Images.txt").read_text().split()
+        ])
+        for split in ("train", "test")
+    }  # fmt: skip
+    hits = [nb.pointing_game(np.tile(np.eye(16)[i], (200, 1)), cover["test"]) for i in range(16)]
+    best = cover["train"].sum(0).argmax()
+    assert nb.best_fixed_cell(cover["train"], cover["test"]) == hits[best][0]
+    assert hits[best][0] > 1.5 * hits[best][1], "the blind pick would be baseline enough"
+
+
 def test_on_the_scenes_hiding_cells_finds_the_object(nb, truth):
     """A small model learns in seconds to name the object's colour; its place it is not told."""
     small = nb.Config(
@@ -302,6 +321,8 @@ def test_the_strongest_cell_is_the_reddest(nb, picture):
     red, green, blue, alpha = axis.images[1].get_array().reshape(4, 4).T
     assert alpha.argmax() == 1
     assert (red > blue).tolist() == [True, True, True, False]
+    nb.draw_heat(axis, picture, [0.1, 0.4, 0.2, -0.3], top=0.4, signed=True, strength=0.5)
+    np.testing.assert_allclose(axis.images[3].get_array().reshape(4, 4).T[3], alpha / 2)
     plt.close(figure)
 
 
@@ -321,3 +342,80 @@ def test_the_diagram_is_what_its_script_draws_and_has_the_models_shapes(nb):
     assert f"{model.cfg.N_VIS} × {model.cfg.D_MODEL}" in svg
     assert f"{model.cfg.VOCAB_SIZE:,} logits" in svg
     assert f"{model.cfg.N_LAYERS} blocks" in svg
+
+
+# Cells
+
+
+def code_cells():
+    """(number of its section, source) of each code cell."""
+    section = 0
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            yield section, re.sub(r"^([ \t]*)[%!].*$", r"\1pass", source, flags=re.M)
+        else:
+            section = int((re.findall(r"^## (\d+) ", source, re.M) or [section])[-1])
+
+
+def names_of(source):
+    """The names that a cell assigns, and those that it reads from cells before it."""
+    tables = [symtable.symtable(source, "cell", "exec")]
+    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    for table in tables:
+        tables += table.get_children()
+    symbols = [(t, s) for t in tables for s in t.get_symbols() if s.is_referenced()]
+    used = {s.get_name() for t, s in symbols if t.get_type() == "module" or s.is_global()}
+    return made, used - made
+
+
+def test_later_sections_overwrite_nothing_that_earlier_ones_read():
+    """What sections 12 to 14 do must not change what comes out if an earlier cell is run again."""
+    cells = [(section, *names_of(source)) for section, source in code_cells()]
+    for later, made, _ in cells:
+        for section, _, read in cells:
+            if 12 <= later > section:
+                assert not made & read, f"section {later} changes what section {section} reads"
+
+
+def test_the_controls(nb, model, tokenizer, tmp_path, capsys):
+    """Each control draws anew, with its value; an upload joins the photos and is chosen."""
+    pytest.importorskip("ipywidgets")
+    source = next(source for _, source in code_cells() if "def explore" in source)
+    calls, drawn, shown = [], [], []
+
+    def beam_ids(model, x, width):
+        calls.append(width)
+        return nb.beam_ids(model, x, width)
+
+    def sample_ids(model, x, **how):
+        calls.append(how)
+        return nb.sample_ids(model, x, **how)
+
+    cell = vars(nb) | {
+        "beam_ids": beam_ids, "sample_ids": sample_ids, "photos": [], "display": shown.append,
+        "show_pictures": lambda images, titles, columns: None,
+        "show_strip": lambda image, maps, titles: drawn.append(image),
+    }  # fmt: skip
+    exec(compile(source, "the controls", "exec"), cell)
+    files = [tmp_path / f"{n}.png" for n in (1, 2)]
+    for n, file in enumerate(files, 1):
+        nb.Image.new("RGB", (20, 30), (80 * n, 40, 90)).save(file)
+    one = nb.MiniVLM(nb.replace(model.cfg, VOCAB_SIZE=tokenizer.get_vocab_size())).eval()
+    cell["explore"](one, tokenizer, files)
+    (photo, upload), (decoder, beam_width, temperature, top_k) = (
+        box.children for box in shown[0].children
+    )
+    photo.index, beam_width.value, decoder.value = 1, 5, "greedy"
+    decoder.value, temperature.value, top_k.value = "top-k", 1.5, 7
+    assert calls == [
+        3, 3, 5, {"temperature": 0.8, "top_k": 1}, {"temperature": 0.8, "top_k": 50},
+        {"temperature": 1.5, "top_k": 50}, {"temperature": 1.5, "top_k": 7},
+    ]  # fmt: skip
+    assert [int(image[0, 0, 0]) for image in drawn] == [80, *[160] * 6]
+    for content in (files[0].read_bytes(), b"no picture"):
+        files_now = ({"content": memoryview(content)},)
+        upload.notify_change({"name": "value", "new": files_now, "type": "change"})
+    assert len(drawn) == 8 and drawn[-1][0, 0, 0] == 80
+    assert photo.label == "your photo" and len(photo.options) == 4
+    assert "can't be read" in capsys.readouterr().out

@@ -103,7 +103,11 @@ def rerun(session, notebook, folder):
         copy.write_bytes(notebook.read_bytes())
         (folder / "assets").symlink_to(notebook.parent / "assets", target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch, open(folder / "stderr.log", "w+") as log:
-        for name in ("SUPRAVL_RECIPE", "FLICKR8K_DIR", "PYTHONWARNINGS", "MPLBACKEND"):
+        steering = ("RECIPE", "PRECISION", "RESULTS", "SHARDS")
+        for name in (
+            *(f"SUPRAVL_{word}" for word in steering),
+            *("FLICKR8K_DIR", "PYTHONWARNINGS", "MPLBACKEND"),
+        ):
             patch.delenv(name, raising=False)  # as a reader's notebook, whatever is set here
         patch.setenv("SUPRAVL_DATA", "toy")
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))  # nobody's start-up files
@@ -147,6 +151,25 @@ def test_cell_runs(notebook_run, number):
             kind for o in notebook_run.cells[number].test_outputs for kind in o.get("data", ())
         }
         assert "image/png" in kinds, "the cell shows a figure, but no picture came out"
+
+
+def test_the_rerun_names_what_was_drawn(notebook_run, nb):
+    """The model that the rerun trained and saved, on scenes with combinations it never saw."""
+    notebook_run.run_to(len(CODE) - 1)
+    if notebook_run.broken is not None:
+        pytest.skip(f"code cell {notebook_run.broken + 1} failed")
+    vlm = nb.SupraVLNano.from_pretrained(notebook_run.file.path.parent / "supravl-nano")
+    scenes = ROOT / "assets" / "scenes"
+    truth = json.loads((scenes / "scenes.json").read_text(encoding="utf-8"))
+    names = (scenes / "Flickr_8k.testImages.txt").read_text().split()
+    captions = vlm.generate_beam([scenes / "Flicker8k_Dataset" / name for name in names])
+    drawn = [truth["scenes"][name] for name in names]
+    for kind, key in (("objects", "o"), ("colours", "c")):
+        right = [
+            nb.things_named(caption, truth[kind]) == {scene[key]}
+            for caption, scene in zip(captions, drawn)
+        ]
+        assert sum(right) >= 0.9 * len(right), f"{kind} right in {sum(right)} of {len(right)}"
 
 
 def test_the_rerun_notices_what_it_must(request, tmp_path):

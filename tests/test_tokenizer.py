@@ -163,6 +163,58 @@ def test_encode_pictures_keeps_captions_with_their_picture(nb, tokenizer, cfg):
     assert nb.encode_pictures(tokenizer, captions, cfg) == expected
 
 
+@pytest.fixture
+def splits(nb):
+    parts = {"train": CAPTIONS[:12], "dev": CAPTIONS[12:16], "test": ["A dog is <eos> ."]}
+    return {
+        split: nb.Split([str(i) for i in range(len(own))], None, [(text,) for text in own])
+        for split, own in parts.items()
+    }
+
+
+def test_tokens_come_from_the_training_captions_and_from_the_cache(
+    nb, cfg, splits, tmp_path, monkeypatch
+):
+    tokenizer, ids = nb.load_tokens(splits, cfg, tmp_path)
+    assert tokenizer.to_str() == nb.train_tokenizer(CAPTIONS[:12], cfg).to_str()
+    for split, loaded in splits.items():
+        assert ids[split] == nb.encode_pictures(tokenizer, loaded.captions, cfg)
+    calls = []
+    monkeypatch.setitem(nb.load_tokens.__globals__, "train_tokenizer", lambda *a: calls.append(a))
+    again, same = nb.load_tokens(splits, cfg, tmp_path)
+    assert not calls, "the second time everything comes from the cache"
+    assert same == ids
+    assert again.to_str() == tokenizer.to_str()
+    assert again.encode("<eos>").ids == tokenizer.encode("<eos>").ids != [2]
+
+
+def test_other_captions_or_sizes_are_not_taken_from_the_cache(nb, cfg, splits, tmp_path):
+    _, ids = nb.load_tokens(splits, cfg, tmp_path)
+    _, short = nb.load_tokens(splits, nb.replace(cfg, MAX_SEQ=4), tmp_path)
+    assert max(len(own) for picture in short["train"] for own in picture) == 4
+    splits["dev"].captions[0] = ("Snow .",)
+    _, other = nb.load_tokens(splits, cfg, tmp_path)
+    assert other["dev"] != ids["dev"]
+    assert other["train"] == ids["train"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_broken_cache_of_tokens_is_made_anew(nb, cfg, splits, tmp_path):
+    _, ids = nb.load_tokens(splits, cfg, tmp_path)
+    (cache,) = tmp_path.iterdir()
+    for content in (b"", cache.read_bytes()[:-9], b"\xff\xfe"):
+        cache.write_bytes(content)
+        assert nb.load_tokens(splits, cfg, tmp_path)[1] == ids
+        assert nb.json.loads(cache.read_text())["ids"] == ids
+
+
+def test_a_full_disk_costs_the_cache_of_tokens_alone(nb, cfg, splits, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    _, ids = nb.load_tokens(splits, cfg, tmp_path / "file")
+    assert ids["test"]
+    assert "could not be cached" in capsys.readouterr().out
+
+
 def test_encode_captions(nb, tokenizer, cfg):
     short, long, empty = nb.encode_captions(tokenizer, ["A dog", "a dog " * 30, ""], cfg)
     assert short == [1, *tokenizer.encode("a dog").ids, 2]

@@ -355,10 +355,24 @@ def test_bfloat16_only_where_a_gpu_has_it(nb, monkeypatch, capability, expected)
         return including_emulation or capability == "native"
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.delenv("SUPRAVL_PRECISION", raising=False)
     assert nb.pick_precision(torch.device("cuda", 0)) == expected
 
 
-def test_precision_elsewhere(nb):
+@pytest.mark.parametrize("where", ["cpu", "mps", "cuda"])
+def test_the_environment_may_fix_the_precision(nb, monkeypatch, where):
+    for name in ("float32", "bfloat16", "float16"):
+        monkeypatch.setenv("SUPRAVL_PRECISION", name)
+        assert nb.pick_precision(torch.device(where)) == getattr(torch, name)
+    for name in ("fp16", "float64", "nn"):
+        monkeypatch.setenv("SUPRAVL_PRECISION", name)
+        message = f"SUPRAVL_PRECISION is '{name}'.*float32 or bfloat16 or float16"
+        with pytest.raises(ValueError, match=message):
+            nb.pick_precision(torch.device(where))
+
+
+def test_precision_elsewhere(nb, monkeypatch):
+    monkeypatch.delenv("SUPRAVL_PRECISION", raising=False)
     assert nb.pick_precision(torch.device("mps")) == torch.float32
     assert nb.pick_precision(CPU) in (torch.float32, torch.bfloat16)
 
@@ -713,8 +727,10 @@ def test_a_checkpoint_runs_no_code(nb, tmp_path):
 
 
 def test_a_checkpoint_belongs_to_its_recipe_and_data(nb, tiny, tmp_path):
-    path = nb.checkpoint_path(tmp_path, tiny, "scenes")
-    assert path == nb.checkpoint_path(tmp_path, nb.replace(tiny), "scenes")
+    ids = [[[1, 5, 2]], [[1, 6, 2]]]
+    path = nb.checkpoint_path(tmp_path, tiny, "scenes", ids)
+    assert path == nb.checkpoint_path(tmp_path, nb.replace(tiny), "scenes", list(ids))
     assert path.parent == tmp_path
-    assert path != nb.checkpoint_path(tmp_path, nb.replace(tiny, lr=0.5), "scenes")
-    assert path != nb.checkpoint_path(tmp_path, tiny, "flickr8k")
+    assert path != nb.checkpoint_path(tmp_path, nb.replace(tiny, lr=0.5), "scenes", ids)
+    assert path != nb.checkpoint_path(tmp_path, tiny, "flickr8k", ids)
+    assert path != nb.checkpoint_path(tmp_path, tiny, "scenes", ids[::-1])
