@@ -74,12 +74,11 @@ def test_it_learns_to_write_what_scores_well(nb, world):
     before.load_state_dict(state)
     share, score = drawn(nb, world, before.eval())
     assert 0.6 < share < 0.95, "the model should have learned four to one"
-    model, history = practise(nb, world, human=0.0)
+    model, history = practise(nb, world, change={"practice": 12}, human=0.0)
     better, higher = drawn(nb, world, model)
-    assert better > share + 0.03
     assert better > 0.97
     assert higher > score
-    assert [h["epoch"] for h in history] == [1, 2, 3]
+    assert [h["epoch"] for h in history] == list(range(1, 13))
     assert not model.training
 
 
