@@ -158,6 +158,35 @@ def test_the_notebook_itself_fails_as_one_and_goes_on(workplace, nb):
     assert "rank 0 goes on alone" in resumed.stdout
 
 
+def test_the_notebook_trains_on_shards(workplace):
+    """`SUPRAVL_SHARDS` makes the very notebook train on a stream, in 24 parts, and resume."""
+    webdataset = pytest.importorskip("webdataset")
+    scenes = ROOT / "assets" / "scenes"
+    files = sorted((scenes / "Flicker8k_Dataset").glob("*.jpg"))[:200]
+    for number in range(2):
+        with webdataset.TarWriter(str(workplace / f"shard-{number:04}.tar")) as shard:
+            for file in files[100 * number : 100 * number + 100]:
+                sample = {"jpg": file.read_bytes(), "txt": "a dog runs on the beach"}
+                shard.write({"__key__": file.stem} | sample)
+    more = {
+        "SUPRAVL_SHARDS": str(workplace / "shard-{0000..0001}.tar"),
+        "FLICKR8K_DIR": str(workplace / "scenes"), "IPYTHONDIR": str(workplace / "ipython"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "IPython", "notebook.ipynb"]
+    done = subprocess.run(
+        command, cwd=workplace, env=environment(**more), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    reported = r"^epoch +(\d+) +training loss +([\d.]+)"
+    epochs = re.findall(reported, done.stdout, re.M)
+    assert [int(epoch) for epoch, _ in epochs] == list(range(1, 25)), done.stdout[-2000:]
+    losses = [float(loss) for _, loss in epochs]
+    assert losses[-1] < losses[0] - 0.5, "24 steps of the warm-up should learn this much"
+    assert "rank 0 goes on alone" in done.stdout
+    assert list((workplace / "checkpoints").glob("shards-*.pt"))
+
+
 if __name__ == "__main__":
     from conftest import TINY, component_cells
 
