@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import random
+import re
 import struct
 import threading
 import warnings
@@ -186,17 +187,38 @@ def test_wrong_folder_in_the_environment_is_an_error(nb, tmp_path, monkeypatch, 
 
 
 def test_folder_in_the_environment(nb, tmp_path, monkeypatch):
-    folder = kaggle_layout(tmp_path / "home" / "my data")
+    kaggle_layout(tmp_path / "home" / "my data")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FLICKR8K_DIR", "~/my data")
     name, data = nb.get_dataset(tmp_path / "download", tmp_path / "scenes")
     assert name == "own" and len(names_of(data)) == 8  # its scores stand beside nobody's
-    names = [f"1000268201_693b08cb{i:02x}.jpg" for i in range(8)]
-    for i, flickr in enumerate(names):
-        (folder / "Images" / f"{i}.jpg").rename(folder / "Images" / flickr)
-    text = "\n".join(["image,caption", *(f"{flickr},A plain square ." for flickr in names)])
-    (folder / "captions.txt").write_text(text)
-    assert nb.get_dataset(tmp_path / "download", tmp_path / "scenes")[0] == "flickr8k"
+
+
+@pytest.mark.parametrize("n, expected", [(8, "own"), (6999, "own"), (7000, "flickr8k")])
+def test_only_the_whole_of_flickr8k_is_called_so(nb, tmp_path, monkeypatch, n, expected):
+    """Scores on a part of it compare with nobody's. (The files are empty: none is opened.)"""
+    (tmp_path / "Images").mkdir()
+    names = [f"1000268201_693b{i:06x}.jpg" for i in range(n)] + ["no_name_of_flickr.jpg"]
+    for name in names:
+        (tmp_path / "Images" / name).touch()
+    lines = ["image,caption", *(f"{name},A plain square ." for name in names)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    monkeypatch.setenv("FLICKR8K_DIR", str(tmp_path))
+    name, data = nb.get_dataset(tmp_path / "download", tmp_path / "scenes")
+    assert name == expected and len(names_of(data)) == n + 1
+
+
+def test_a_part_of_flickr8k_with_split_files_is_ones_own(nb, tmp_path, monkeypatch):
+    standard_layout(tmp_path / "Flicker8k_Dataset", tmp_path)
+    names = {}
+    for i, path in enumerate(sorted((tmp_path / "Flicker8k_Dataset").iterdir())):
+        names[path.name] = f"1000268201_693b08cb{i:02x}.jpg"
+        path.rename(path.with_name(names[path.name]))
+    for file in tmp_path.glob("*.txt"):
+        file.write_text(re.sub(r"\w+\.jpg", lambda match: names[match[0]], file.read_text()))
+    monkeypatch.setenv("FLICKR8K_DIR", str(tmp_path))
+    name, data = nb.get_dataset(tmp_path / "download", tmp_path / "scenes")
+    assert name == "own" and names_of(data) == sorted(names.values())
 
 
 def test_asking_for_the_drawn_scenes(nb, tmp_path, monkeypatch):

@@ -189,6 +189,14 @@ def test_a_blind_pick_hits_as_often_as_the_measure_says(nb):
     assert high - low < 0.04
 
 
+def test_an_interval_ends_where_the_share_is_196_standard_deviations_away(nb):
+    assert nb.interval(0.8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    for share, count in ((0.8, 10), (0, 7), (1, 200)):
+        for p in nb.interval(share, count):
+            away = 1.96 * (max(p * (1 - p), 0) / count) ** 0.5
+            assert abs(share - p) == pytest.approx(away, abs=1e-6)
+
+
 def test_best_fixed_cell(nb, truth):
     before = np.eye(4, dtype=bool)[[0, 2, 2, 3]]
     covered = np.eye(4, dtype=bool)[[2, 1, 1, 1, 2]]  # here cell 1 would be better: not asked
@@ -319,7 +327,7 @@ def test_the_strongest_cell_is_the_reddest(nb, picture):
     figure, axis = plt.subplots()
     nb.draw_heat(axis, picture, [0.1, 0.4, 0.2, -0.3], top=0.4, signed=True)
     red, green, blue, alpha = axis.images[1].get_array().reshape(4, 4).T
-    assert alpha.argmax() == 1
+    np.testing.assert_allclose(alpha / alpha.max(), [0.25, 1, 0.5, 0.75])
     assert (red > blue).tolist() == [True, True, True, False]
     nb.draw_heat(axis, picture, [0.1, 0.4, 0.2, -0.3], top=0.4, signed=True, strength=0.5)
     np.testing.assert_allclose(axis.images[3].get_array().reshape(4, 4).T[3], alpha / 2)

@@ -44,7 +44,7 @@ def drawn(nb, world, model):
     torch.manual_seed(0)
     groups, scores = nb.write_and_score(
         model, torch.from_numpy(images[:4]), torch.arange(4), nb.CiderD(captions), tokenizer,
-        torch.float32, drawn=50,
+        torch.float32, per_image=50,
     )  # fmt: skip
     texts = [tokenizer.decode(ids) for group in groups for ids in group]
     return np.mean([text == COMMON for text in texts]), scores.mean().item()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -93,6 +94,7 @@ def test_padding_changes_neither_loss_nor_gradients(nb, model, data):
         F.pad(packed.targets, (0, 11), value=nb.PAD),
         F.pad(packed.positions, (0, 11), value=0),
         F.pad(packed.caption, (0, 11), value=-1),
+        torch.from_numpy(np.flatnonzero(F.pad(packed.caption, (0, 11), value=-1) >= 0)),
     )
     more = loss_of(images, padded)
     more.sum().backward()
@@ -317,6 +319,13 @@ def test_learning_rate_of_very_short_runs(nb, tiny, warmup, total):
     assert all(0.1 <= nb.learning_rate(step, total, cfg) <= 1 for step in range(total + 1))
 
 
+def test_a_short_run_gets_beyond_the_warm_up(nb, tiny):
+    cfg = nb.replace(tiny, lr=1.0, min_lr=0.1, warmup=300)
+    rates = [nb.learning_rate(step, 40, cfg) for step in range(40)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[-1] < 0.11
+
+
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_optimizer_has_every_parameter_once(nb, model, decay_all):
     cfg = nb.replace(model.cfg, decay_all=decay_all, weight_decay=0.01)
@@ -475,6 +484,34 @@ def test_mixed_precision_trains_like_float32(train, precision):
     exact, mixed = train()[1], train(precision=precision)[1]
     assert mixed[-1]["train"] == pytest.approx(exact[-1]["train"], rel=0.05)
     assert mixed[-1]["train"] != exact[-1]["train"]
+
+
+def test_lower_precision_ends_within_the_noise_of_the_seeds(nb, tmp_path, monkeypatch):
+    """The whole model on drawn scenes: bfloat16 changes the final loss less than a seed does."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SUPRAVL_DATA", "toy")
+    _, pictures = nb.get_dataset()
+    recipe = nb.replace(nb.PRESETS["scenes"], epochs=2, warmup=5)
+    train = nb.load_split(pictures["train"][:160], recipe.IMG_SIZE, tmp_path, "train")
+    dev = nb.load_split(pictures["dev"][:100], recipe.IMG_SIZE, tmp_path, "dev")
+    tokenizer, ids = nb.load_tokens({"train": train, "dev": dev}, recipe, tmp_path)
+    ends = {torch.float32: [], torch.bfloat16: []}
+    for seed in range(4):
+        cfg = nb.replace(recipe, seed=seed)
+        for precision, losses in ends.items():
+            batches = nb.CaptionBatches(train.images, ids["train"], cfg, CPU)
+            _, history = nb.train_model(
+                cfg,
+                batches,
+                lambda model: nb.evaluate_loss(model, dev.images, ids["dev"], CPU, torch.float32),
+                CPU,
+                precision,
+            )
+            losses.append(history[-1]["val"])
+    exact, lower = (np.array(losses) for losses in ends.values())
+    assert exact.max() < 5, "it must have learned something: ln 2048 is 7.6"
+    assert not np.array_equal(exact, lower)
+    assert abs(lower.mean() - exact.mean()) < exact.std(ddof=1)
 
 
 def test_gradients_are_clipped(nb, tiny, train, monkeypatch):
