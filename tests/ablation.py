@@ -1,6 +1,6 @@
 """What each idea of the recipe brings: short runs that differ in that idea alone, scored on dev.
 
-    python tests/ablation.py --flickr8k DIR [--epochs 6] [--seeds 0 1] [--only "no dropout" ...]
+    python tests/ablation.py --flickr8k DIR [--epochs 4] [--seeds 0 1] [--only "no dropout" ...]
 
 Each run is the preset "nano" with fewer epochs and one change, made by the notebook's own component
 cells. The results go into assets/results.json as entries of the split "dev", where section 11 of
@@ -73,7 +73,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--flickr8k", help="its folder; else as the notebook finds its data")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", choices=CHANGES, help="changes to run")
     parser.add_argument("--cache", default="cache")

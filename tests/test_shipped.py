@@ -26,19 +26,19 @@ OTHERS = {
 
 # What the shipped weights write for photographs in assets/photos, with beam search of width 3.
 KNOWN = {
-    "astronaut.jpg": "a man in a red shirt is standing in front of a brick wall .",
-    "ball_grass.jpg": "a soccer player in a blue uniform is running on the field .",
-    "cat_face.jpg": "a brown and white dog is running in the sand .",
+    "astronaut.jpg": "a man in a red shirt is standing in front of a crowd .",
+    "ball_grass.jpg": "a man in a blue shirt is standing in front of a white building .",
+    "cat_face.jpg": "a brown dog is running in the sand .",
     "coffee_cup.jpg": "a man in a red shirt is standing in front of a brick wall .",
     "dog_face.jpg": "a brown dog is running through the grass .",
     "dog_grass.jpg": "a brown dog is running through the grass .",
-    "handwriting.jpg": "a black dog is running through the snow .",
-    "horses_field.jpg": "a black and white dog is running on the grass .",
-    "igloo_snow.jpg": "a black dog is running through the snow .",
+    "handwriting.jpg": "a dog running through the snow .",
+    "horses_field.jpg": "a black dog is running through the grass .",
+    "igloo_snow.jpg": "a man in a wetsuit is surfing .",
     "man_camera.jpg": "a black dog is running through the snow .",
-    "musicians.jpg": "a group of people are standing in front of a building .",
-    "people_square.jpg": "a group of people are walking down a street .",
-    "people_stage.jpg": "a group of people are standing in front of a building .",
+    "musicians.jpg": "a group of people are standing in the street .",
+    "people_square.jpg": "a group of people are walking down the street .",
+    "people_stage.jpg": "a group of people are standing in the street .",
     "rocket.jpg": "a man is standing on top of a mountain .",
 }
 
