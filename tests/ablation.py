@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, component_cells
 
 CHANGES = {
-    "nothing": {},
+    "nothing (nano itself)": {},
     "no crop, mirror or colours": {"crop": 1.0, "flip": False, "jitter": 0.0},
     "no dropout": {"dropout": 0.0},
     "no label smoothing": {"label_smoothing": 0.0},
@@ -65,7 +65,7 @@ def main(args):
             path = nb.checkpoint_path(args.checkpoints, cfg, data, ids["train"])
             model, history = nb.train_model(cfg, batches, loss_on_dev, device, precision, path)
             keep(change, cfg, model, history)
-            if change == "nothing":  # the weights as they are: averaging changes nothing else
+            if not CHANGES[change]:  # the weights as they are: averaging changes nothing else
                 model.load_state_dict(torch.load(path, weights_only=True)["model"])
                 keep("no averaged weights", nb.replace(cfg, ema=0.0), model, history)
 
