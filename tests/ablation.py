@@ -35,7 +35,7 @@ def main(args):
     device = nb.pick_device()
     precision = nb.pick_precision(device)
     data, pictures = nb.get_dataset()
-    base = nb.replace(nb.PRESETS["nano"], epochs=args.epochs)
+    base = nb.replace(nb.PRESETS["nano"], epochs=args.epochs, practice=0)
     splits = {
         split: nb.load_split(items, base.IMG_SIZE, args.cache, f"{data}-{split}")
         for split, items in pictures.items()

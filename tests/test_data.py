@@ -385,6 +385,14 @@ def test_bytes_that_are_not_utf8(nb, tmp_path, layout):
         nb.read_dataset(tmp_path)
 
 
+def test_a_token_file_without_tabs_is_named(nb, tmp_path):
+    standard_layout(tmp_path / "Images", tmp_path)
+    file = tmp_path / "Flickr8k.token.txt"
+    file.write_text(file.read_text().replace("\t", " "))
+    with pytest.raises(ValueError, match="Flickr8k.token.txt must hold lines of .* a tab"):
+        nb.read_dataset(tmp_path)
+
+
 def test_hostile_unicode_in_captions(nb, tmp_path):
     """Characters that Python's own `splitlines` takes for line ends are none in these files."""
     hostile = "狗 🐕\u200d🦺 \u2028 and \x0b and \x1c and \x85 ."

@@ -438,3 +438,9 @@ def test_a_tokenizer_with_other_special_tokens_is_refused(nb, make):
     tokenizer = nb.Tokenizer(nb.models.BPE({"<bos>": 0, "<eos>": 1, "<pad>": 2}, []))
     with pytest.raises(ValueError, match="<pad>"):
         nb.Captioner(make(), tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0])
+def test_a_temperature_must_be_above_zero(nb, temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        nb.pick_token(torch.zeros(1, 5), temperature)

@@ -38,13 +38,13 @@ def practise(nb, world, **how):
     )
 
 
-def drawn(nb, world, model):
+def drawn(nb, world, model, temperature=1.0):
     """The share of the common caption among those drawn for the first kind of pictures."""
     _, _, images, captions, _, tokenizer = world
     torch.manual_seed(0)
     groups, scores = nb.write_and_score(
         model, torch.from_numpy(images[:4]), torch.arange(4), nb.CiderD(captions), tokenizer,
-        torch.float32, per_image=50,
+        torch.float32, per_image=50, temperature=temperature,
     )  # fmt: skip
     texts = [tokenizer.decode(ids) for group in groups for ids in group]
     return np.mean([text == COMMON for text in texts]), scores.mean().item()
@@ -58,7 +58,9 @@ def test_what_is_drawn_and_its_score(nb, world):
     cider, numbers = nb.CiderD(captions), torch.tensor([3, 50])
     torch.manual_seed(1)
     pair = torch.from_numpy(images[numbers.numpy()])
-    groups, scores = nb.write_and_score(model, pair, numbers, cider, tokenizer, torch.float32, 7)
+    groups, scores = nb.write_and_score(
+        model, pair, numbers, cider, tokenizer, torch.float32, per_image=7
+    )
     assert [len(group) for group in groups] == [7, 7]
     assert scores.shape == (2, 7)
     for number, group, row in zip(numbers.tolist(), groups, scores.tolist()):
@@ -66,6 +68,55 @@ def test_what_is_drawn_and_its_score(nb, world):
             assert ids[0] == nb.BOS
             assert nb.EOS not in ids[:-1], "nothing may follow the end"
             assert score == pytest.approx(cider(tokenizer.decode(ids), number), abs=1e-5)
+
+
+def test_a_low_temperature_draws_the_likely_caption_more_often(nb, world):
+    cfg, state, *_ = world
+    model = nb.MiniVLM(cfg)
+    model.load_state_dict(state)
+    shares = [drawn(nb, world, model.eval(), temperature)[0] for temperature in (0.2, 0.5, 1.0)]
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_a_batch_tells_its_own_captions_from_those_by_people(nb, world):
+    cfg, state, images, captions, ids, tokenizer = world
+    model = nb.MiniVLM(cfg)
+    model.load_state_dict(state)
+    numbers = torch.tensor([0, 1, 40])
+    torch.manual_seed(0)
+    packed, weights, temperatures, _ = nb.practice_batch(
+        model.eval(), torch.from_numpy(images[numbers.numpy()]), numbers, nb.CiderD(captions), ids,
+        tokenizer, cfg, torch.float32, temperature=0.25, human=0.7,
+    )  # fmt: skip
+    by_people = packed.caption >= 5
+    assert by_people.any(1).all()
+    assert (weights[by_people] == 0.7).all()
+    assert (temperatures[by_people] == 1).all()
+    own = (packed.caption >= 0) & ~by_people
+    assert (temperatures[own] == 0.25).all()
+    for row, caption in zip(weights, packed.caption):  # advantages of one picture's captions
+        each = [row[caption == k][0] for k in range(5)]
+        assert sum(each).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_loss_divides_each_place_by_its_own_temperature(nb, world):
+    cfg, state, images, _, ids, _ = world
+    model = nb.MiniVLM(cfg)
+    model.load_state_dict(state)
+    model.eval()
+    packed = nb.pack_captions([ids[0][:2], ids[40][:1]], cfg.N_VIS)
+    picked = torch.from_numpy(images[[0, 40]])
+    temperature = torch.where(packed.caption == 1, 0.5, 2.0)
+    with torch.no_grad():
+        losses = nb.CaptionLoss(model)(picked, packed, temperature=temperature)
+        tokens = model.vis_enc(nb.normalise(picked[:1]))
+        for k, its in ((0, 2.0), (1, 0.5)):
+            one = ids[0][k]
+            logits = model(tokens, torch.tensor([one]))[0, cfg.N_VIS : -1] / its
+            alone = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(one[1:]), reduction="none"
+            )
+            assert torch.allclose(losses[0][packed.caption[0] == k], alone, atol=1e-5)
 
 
 def test_it_learns_to_write_what_scores_well(nb, world):

@@ -356,3 +356,31 @@ def test_neither_a_folder_nor_a_repository(nb, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(source)):
         nb.SupraVLNano.from_pretrained(source)
+
+
+def test_a_repository_that_cannot_be_had_is_told_from_a_folder(nb, tmp_path, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(nb, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="no folder assets/supravl-nan here.*no network"):
+        nb.SupraVLNano.from_pretrained("assets/supravl-nan")
+
+
+def test_a_bad_value_in_a_config_file_is_named_with_the_file(nb, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(nb.Config().model_dict() | {"N_HEADS": -4}))
+    with pytest.raises(ValueError, match="config.json: N_HEADS is -4"):
+        nb.Config.from_json(file)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"lr": "0.1"}, {"jitter": None}, {"min_lr": "x"}, {"seed": -1}, {"seed": 0.5},
+     {"weight_decay": -1}, {"grad_clip": 0}, {"flip": 3}, {"IMG_SIZE": 1}],
+)  # fmt: skip
+def test_a_senseless_number_of_the_recipe_is_named(nb, how):
+    (key,) = how
+    with pytest.raises(ValueError, match=f"^{key} is "):
+        nb.Config(**how)

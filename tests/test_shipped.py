@@ -26,20 +26,20 @@ OTHERS = {
 
 # What the shipped weights write for photographs in assets/photos, with beam search of width 3.
 KNOWN = {
-    "astronaut.jpg": "a man in a red shirt is standing in front of a crowd .",
-    "ball_grass.jpg": "a man in a blue shirt is standing in front of a white building .",
-    "cat_face.jpg": "a brown dog is running in the sand .",
-    "coffee_cup.jpg": "a man in a red shirt is standing in front of a brick wall .",
-    "dog_face.jpg": "a brown dog is running through the grass .",
-    "dog_grass.jpg": "a brown dog is running through the grass .",
-    "handwriting.jpg": "a dog running through the snow .",
-    "horses_field.jpg": "a black dog is running through the grass .",
-    "igloo_snow.jpg": "a man in a wetsuit is surfing .",
-    "man_camera.jpg": "a black dog is running through the snow .",
-    "musicians.jpg": "a group of people are standing in the street .",
-    "people_square.jpg": "a group of people are walking down the street .",
-    "people_stage.jpg": "a group of people are standing in the street .",
-    "rocket.jpg": "a man is standing on top of a mountain .",
+    "astronaut.jpg": "a man and a woman are smiling for the camera .",
+    "ball_grass.jpg": "a boy in a red shirt is playing soccer .",
+    "cat_face.jpg": "a brown and white dog is running on the sand .",
+    "coffee_cup.jpg": "a man and a woman are standing in front of a building .",
+    "dog_face.jpg": "a little girl in a pink shirt is sitting on a swing .",
+    "dog_grass.jpg": "a brown dog is running in the grass .",
+    "handwriting.jpg": "a white dog is running through the snow .",
+    "horses_field.jpg": "a black and white dog is running on the grass .",
+    "igloo_snow.jpg": "a skier is skiing down a snowy mountain .",
+    "man_camera.jpg": "a man is standing on a snowy mountain .",
+    "musicians.jpg": "a group of people are standing in front of a crowd .",
+    "people_square.jpg": "a group of people are standing in the street .",
+    "people_stage.jpg": "a group of people are standing in front of a building .",
+    "rocket.jpg": "a group of people are standing on a mountain .",
 }
 
 

@@ -229,3 +229,9 @@ def test_a_caption_that_just_fits_keeps_its_end(nb, tokenizer, cfg):
     for room, expected in ((2, [1, *ids, 2]), (1, [1, *ids]), (0, [1, *ids[:-1]])):
         tight = nb.replace(cfg, MAX_SEQ=len(ids) + room)
         assert nb.encode_captions(tokenizer, ["a dog runs along the beach"], tight) == [expected]
+
+
+def test_a_vocabulary_without_room_for_all_bytes(nb):
+    with pytest.raises(ValueError, match="VOCAB_SIZE is 258: it must be at least 259"):
+        nb.train_tokenizer(["a dog ."], nb.Config(VOCAB_SIZE=258))
+    assert nb.train_tokenizer(["a dog ."], nb.Config(VOCAB_SIZE=259)).get_vocab_size() == 259

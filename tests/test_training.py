@@ -771,3 +771,10 @@ def test_a_checkpoint_belongs_to_its_recipe_and_data(nb, tiny, tmp_path):
     assert path != nb.checkpoint_path(tmp_path, nb.replace(tiny, lr=0.5), "scenes", ids)
     assert path != nb.checkpoint_path(tmp_path, tiny, "flickr8k", ids)
     assert path != nb.checkpoint_path(tmp_path, tiny, "scenes", ids[::-1])
+
+
+def test_batches_of_another_recipe_are_refused(nb, tiny, data):
+    images, ids = data[:2]
+    batches = nb.CaptionBatches(images, ids, nb.replace(tiny, batch_size=7), torch.device("cpu"))
+    with pytest.raises(ValueError, match="batches"):
+        nb.train_model(tiny, batches, lambda model: 0.0, torch.device("cpu"), torch.float32)
