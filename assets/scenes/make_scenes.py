@@ -1,9 +1,9 @@
 """Draw the embedded data set: captioned cartoon scenes, laid out like Flickr8k.
 
 The notebook trains on Flickr8k. For a first run with no network, and for the tests, it trains on
-this set instead, through the very same data path, so the files have the names and the formats of
-Flickr8k's two archives. Every picture shows one main object (a red dog, a white boat, ...) doing
-one thing in one place; what was drawn is written to ``scenes.json``, which the tests read.
+this set instead, through the very same data path, so it comes as two archives with the names, the
+layout and the formats of Flickr8k's. Every picture shows one main object (a red dog, a white boat,
+...) doing one thing in one place; what was drawn is in ``scenes.json``, which the tests read.
 
     python assets/scenes/make_scenes.py            # draw the set again, over what is there
     python assets/scenes/make_scenes.py --check    # draw it in memory, compare with what is there
@@ -21,6 +21,7 @@ import json
 import math
 import random
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1407,22 +1408,34 @@ def describe(scene: Scene, drawing: Drawing) -> dict[str, object]:
 
 
 def make_files() -> Iterator[tuple[str, bytes]]:
-    """Every file of the data set: its path in the folder and its bytes, pictures first."""
-    truth, tokens = {}, []
-    lists: dict[str, list[str]] = {}
+    """The files of the data set, name and bytes: the two archives and the truth."""
+    truth, tokens, pictures = {}, [], {}
+    texts: dict[str, bytes] = {}
     for split, count in SPLITS.items():
-        lists[split] = []
+        names = []
         for scene in plan_split(split, count, random.Random(f"{SEED} {split}")):
             drawing = draw_scene(scene)
-            yield f"Flicker8k_Dataset/{scene.name}", drawing.jpeg
+            pictures[f"Flicker8k_Dataset/{scene.name}"] = drawing.jpeg
             captions = Captioner(scene, drawing.height, random.Random(f"{SEED} say {scene.name}"))
             tokens += [f"{scene.name}#{k}\t{text}" for k, text in enumerate(captions.write())]
             truth[scene.name] = describe(scene, drawing)
-            lists[split].append(scene.name)
-    for split, names in lists.items():
-        yield f"Flickr_8k.{split}Images.txt", as_text(names)
-    yield "Flickr8k.token.txt", as_text(sorted(tokens))
+            names.append(scene.name)
+        texts[f"Flickr_8k.{split}Images.txt"] = as_text(names)
+    texts["Flickr8k.token.txt"] = as_text(sorted(tokens))
+    yield "Flickr8k_Dataset.zip", as_zip(pictures)
+    yield "Flickr8k_text.zip", as_zip(texts)
     yield "scenes.json", as_text(truth_lines(truth))
+
+
+def as_zip(files: dict[str, bytes]) -> bytes:
+    """An archive of `files` that depends on nothing else: not on the time, the system or zlib."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in sorted(files.items()):
+            entry = zipfile.ZipInfo(name)  # of 1 January 1980
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix, rw-r--r--
+            archive.writestr(entry, data)
+    return buffer.getvalue()
 
 
 def truth_lines(truth: dict[str, dict[str, object]]) -> list[str]:
@@ -1448,48 +1461,22 @@ def as_text(lines: list[str]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def write_set(folder: Path) -> None:
-    """Draw the set into `folder`, which then holds no picture besides."""
-    written = set()
-    for path, data in make_files():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-        written.add(target)
-    for old in (folder / "Flicker8k_Dataset").glob("*.jpg"):
-        if old not in written:
-            old.unlink()
-    total = sum(path.stat().st_size for path in written)
-    print(f"{len(written)} files, {total / 1e6:.2f} MB, in {folder}")
-
-
-def check_set(folder: Path) -> bool:
-    """Whether `folder` holds, byte for byte, what would be drawn."""
-    expected = dict(make_files())
-    found = {
-        path.relative_to(folder).as_posix() for path in (folder / "Flicker8k_Dataset").glob("*.jpg")
-    }
-    wrong = sorted(found - expected.keys())
-    for path, data in expected.items():
-        target = folder / path
-        if not target.is_file() or target.read_bytes() != data:
-            wrong.append(path)
-    if not wrong:
-        print(f"{len(expected)} files are as they would be drawn")
-        return True
-    print(f"{len(wrong)} files differ from what Pillow {PILLOW_VERSION} draws: {wrong[:5]} ...")
-    return False
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--check", action="store_true", help="draw in memory and compare")
-    args = parser.parse_args()
+    args, wrong = parser.parse_args(), []
+    for name, data in make_files():
+        file = args.out / name
+        if not args.check:
+            args.out.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            print(f"{file}: {len(data):,} bytes")
+        elif not file.is_file() or file.read_bytes() != data:
+            wrong.append(name)
     if args.check:
-        return 0 if check_set(args.out) else 1
-    write_set(args.out)
-    return 0
+        print(f"differs from what Pillow {PILLOW_VERSION} draws: {', '.join(wrong) or 'nothing'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
