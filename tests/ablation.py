@@ -1,82 +1,331 @@
-"""What each idea of the recipe brings: short runs that differ in that idea alone, scored on dev.
+"""What each part of the recipe brings: train one row, score it, keep the numbers.
 
-    python tests/ablation.py --flickr8k DIR [--epochs 4] [--seeds 0 1] [--only "no dropout" ...]
+    python tests/ablation.py nano --flickr8k DIR
+    python tests/ablation.py "no label smoothing" --flickr8k DIR --seed 1 --threads 1
+    python tests/ablation.py best --flickr8k DIR --test
+    python tests/ablation.py baselines --flickr8k DIR --test
 
-Each run is the preset "nano" with fewer epochs and one change, made by the notebook's own component
-cells. The results go into assets/results.json as entries of the split "dev", where section 11 of
-the notebook shows them. Runs keep checkpoints, and go on where they stopped. Not run by pytest.
+A row is a named recipe of the notebook, or "nano" with one change; all is done by the notebook's
+own component cells. Rows with a change leave out the self-critical part unless --scst asks for it.
+Runs keep checkpoints and go on where they stopped; rows that differ in the self-critical part alone
+share the training before it. The numbers go into assets/results.json, one entry a run, and the
+weights into RUNS/ROW-EPOCHS-SEED, ready to be shipped. Not run by pytest.
+
+assets/results.json: "runs" and "baselines" hold what was measured; "dev" and "test" are tables made
+from them, for section 11 of the notebook; "peers" are others' numbers, copied from their
+publications.
 """
 
 import argparse
+import hashlib
+import json
 import os
-import types
+import platform
+import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import torch
-from conftest import ROOT, component_cells
+from conftest import ROOT, load_components
 
+RESULTS = ROOT / "assets" / "results.json"
+PUBLISHED = {  # the recipe as it was published; it also starts as PyTorch does
+    "epochs": 15, "batch_size": 64, "captions_per_view": 1, "lr": 3e-4, "min_lr": 3e-5, "warmup": 0,
+    "label_smoothing": 0, "crop": 1, "flip": 0, "jitter": 0, "naming": 0, "ema": 0,
+    "scst_epochs": 0,
+}  # fmt: skip
 CHANGES = {
-    "nothing (nano itself)": {},
-    "no crop, mirror or colours": {"crop": 1.0, "flip": False, "jitter": 0.0},
-    "no dropout": {"dropout": 0.0},
-    "no label smoothing": {"label_smoothing": 0.0},
-    "one caption in a row": {"captions_per_image": 1},
-    "five captions in a row": {"captions_per_image": 5},
+    "no augmentation": {"crop": 1, "flip": 0, "jitter": 0},
+    "no label smoothing": {"label_smoothing": 0},
+    "no averaging": {"ema": 0},
+    "half the batch": {"batch_size": 40},
+    "double the batch": {"batch_size": 160},
+    "dropout 0.1": {},  # see BESIDES
+    "no naming loss": {"naming": 0},
+    "naming loss 0.05": {"naming": 0.05},
+    "PyTorch's start": {},  # see BESIDES
     "the published learning rate": {"lr": 3e-4, "min_lr": 3e-5, "warmup": 0},
-    "the published start": {"init": "pytorch"},
+}
+NAMED = ("published", "nano", "best")
+BESIDES = {  # what is no part of a Recipe
+    "published": {"init": "pytorch"},
+    "PyTorch's start": {"init": "pytorch"},
+    "dropout 0.1": {"dropout": 0.1},
 }
 
 
-def main(args):
-    nb = types.ModuleType("notebook_components")
-    for source in component_cells():
-        exec(source, nb.__dict__)
-    if args.flickr8k:
-        os.environ["FLICKR8K_DIR"] = args.flickr8k
-    device = nb.pick_device()
-    precision = nb.pick_precision(device)
-    data, pictures = nb.get_dataset()
-    base = nb.replace(nb.PRESETS["nano"], epochs=args.epochs, practice=0)
-    splits = {
-        split: nb.load_split(items, base.IMG_SIZE, args.cache, f"{data}-{split}")
-        for split, items in pictures.items()
+# The file of results ---------------------------------------------------------------------------
+
+
+def read_results(path=RESULTS):
+    """The file's content; without a file the same with nothing in it."""
+    empty = {"runs": {}, "baselines": {}, "dev": {}, "test": {}, "peers": {}}
+    try:
+        return empty | json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return empty
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def mean_and_spread(values, digits):
+    """As text: the mean, and behind ± half the distance from the lowest to the highest."""
+    spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def dev_table(runs):
+    """Means over the seeds of each row, by CIDEr: what section 11 prints about the recipe."""
+    groups = {}
+    for run in runs.values():
+        for stage, found in run.get("dev", {}).items():
+            if (run["row"], stage) == ("best", "CE"):
+                continue  # it is nano's
+            groups.setdefault((run["row"], run["epochs"], stage), []).append(found)
+    table = {}
+    for (row, epochs, stage), found in groups.items():
+        columns = {
+            "loss": ([f["loss"] for f in found], 3),
+            "CIDEr greedy": ([f["greedy"]["CIDEr"] for f in found], 1),
+            "CIDEr beam-3": ([f["beam-3"]["CIDEr"] for f in found], 1),
+            "distinct": ([f["beam-3"]["distinct"] for f in found], 0),
+        }
+        table[f"{row}, {epochs} epochs, {stage}"] = {"seeds": len(found)} | {
+            name: mean_and_spread(*column) for name, column in columns.items()
+        }
+    return dict(sorted(table.items(), key=lambda item: -float(item[1]["CIDEr beam-3"].split()[0])))
+
+
+def test_table(runs):
+    """The beam-3 scores on test of every run that has some: section 11 prints them."""
+    return {
+        f"{run['row']}, seed {run['seed']}, beam-3": run["test"]["beam-3"]
+        for run in runs.values()
+        if "test" in run
     }
-    tokenizer, ids = nb.load_tokens(splits, base, args.cache)
-    dev, seen = splits["dev"], splits["train"].captions
 
-    def loss_on_dev(model):
-        return nb.evaluate_loss(model, dev.images, ids["dev"], device, precision)
 
-    def keep(change, cfg, model, history):
-        scores, _ = nb.evaluate_captioner(nb.Captioner(model, tokenizer), dev, seen)
-        entry = nb.make_result(
-            cfg, model, history, loss_on_dev(model), scores, data=data, split="dev",
-            recipe=f"nano, {cfg.epochs} epochs: {change}", change=change, device=device.type,
+def write_results(results, path=RESULTS):
+    """Write the file, with its two tables made anew from its runs."""
+    results["runs"] = dict(sorted(results["runs"].items()))
+    results |= {"dev": dev_table(results["runs"]), "test": test_table(results["runs"])}
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    # Lists of numbers on one line: a run's history would fill pages.
+    text = re.sub(r"\[[-\d.,\s]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
+    part = Path(f"{path}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_run(run, path=RESULTS):
+    """Put one run into the file, in place of an older one of the same row, epochs and seed."""
+    results = read_results(path)
+    key = f"{run['row']}/{run['epochs']}/{run['seed']}"
+    results["runs"][key] = run
+    write_results(results, path)
+    return key
+
+
+# Training and scoring --------------------------------------------------------------------------
+
+
+def recipe_of(nb, row):
+    """The notebook's Recipe for a row."""
+    if row in CHANGES:  # the self-critical part is left out
+        return nb.replace(nb.RECIPES["nano"], **{"scst_epochs": 0} | CHANGES[row])
+    return nb.replace(nb.RECIPES["nano"], **PUBLISHED) if row == "published" else nb.RECIPES[row]
+
+
+def add_dropout(model, share):
+    """Let a model that has no dropout drop shares of what each part adds, while it trains."""
+
+    def drop(module, inputs, output):
+        return torch.nn.functional.dropout(output, share, module.training)
+
+    parts = [model.tok_emb, model.vis_enc, *(p for b in model.blocks for p in (b.attn, b.mlp))]
+    for part in parts:
+        part.register_forward_hook(drop)
+
+
+def make_model(nb, cfg, seed, init="gpt2", dropout=0.0):
+    """A new model; init "pytorch" leaves the weights as PyTorch's layers start."""
+    torch.manual_seed(seed)
+    model = nb.MiniVLM(cfg)
+    for module in model.modules() if init == "pytorch" else ():
+        if hasattr(module, "reset_parameters") and module is not model.lm_head:  # it is tied
+            module.reset_parameters()
+    if dropout:
+        add_dropout(model, dropout)
+    return model
+
+
+def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, report=print):
+    """Train by `recipe`, and describe the model on dev after each stage.
+
+    folder: for the weights; checkpoints are kept beside it. besides: for make_model
+    Returns (model, what to put into the run's entry).
+    """
+    besides = besides or {}
+    train, dev = splits["train"], splits["dev"]
+    tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
+    ids = {
+        s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
+    }
+    model = make_model(nb, cfg, recipe.seed, **besides)
+    words, shares = nb.content_words(train.captions)
+    loss_of = nb.CaptionLoss(model, recipe.label_smoothing, recipe.naming, len(words))
+    loss_of = loss_of.to(device, memory_format=torch.channels_last)
+    loader = nb.make_loader(train.images, ids["train"], recipe, device, shares)
+
+    def validate(model):
+        return nb.validate(model, dev.images, ids["dev"], precision)
+
+    def describe(model):
+        scores, _ = nb.evaluate(model, dev, train.captions)
+        return {"loss": round(validate(model), 4)} | scores
+
+    def tell(history):
+        report(f"{folder.name}: {history[-1]}")
+
+    same = {k: v for k, v in nb.asdict(recipe).items() if not k.startswith("scst")}
+    made_from = repr((sorted(same.items()), cfg, besides, len(train.images), str(precision)))
+    name = hashlib.sha256(made_from.encode()).hexdigest()[:12]
+    model, history = nb.train(
+        loss_of, loader, recipe, validate, precision, folder.parent / f"{name}.pt", tell
+    )
+    model.tokenizer = tokenizer
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "history": [[round(h[k], 4) for k in ("train", "val", "seconds")] for h in history],
+        "dev": {"CE": describe(model)},
+    }
+    if recipe.scst_epochs:
+        name += f"-{recipe.scst_epochs}-{recipe.scst_lr}"
+        cider = nb.CiderD(dev.captions)
+
+        def score(model):
+            texts = model.generate_greedy(nb.normalise(dev.images))
+            return 100 * np.mean([cider(text, i) for i, text in enumerate(texts)]).item()
+
+        cider = nb.CiderD(dev.captions)
+
+        def dev_score(model):
+            texts = model.generate_greedy(nb.normalise(dev.images))
+            return 100 * np.mean([cider(text, i) for i, text in enumerate(texts)]).item()
+
+        model, history = nb.train_self_critical(
+            model, train.images, train.captions, ids["train"], tokenizer, recipe, dev_score,
+            precision, folder.parent / f"{name}.pt", tell,
         )  # fmt: skip
-        nb.write_result(args.results, entry)
-        short = {name: row["CIDEr"] for name, row in scores.items()}
-        print(
-            f"{change}, seed {cfg.seed}: loss {entry['validation_loss']}, CIDEr {short}", flush=True
-        )
+        model.tokenizer = tokenizer
+        found["scst_history"] = [[round(h[k], 4) for k in ("val", "seconds")] for h in history]
+        found["dev"]["SCST"] = describe(model)
+    model.save_pretrained(folder)
+    return model, found | {"weights": fingerprint(folder / "model.safetensors")}
 
-    for seed in args.seeds:
-        for change in args.only or CHANGES:
-            cfg = nb.replace(base, seed=seed, **CHANGES[change])
-            batches = nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device)
-            path = nb.checkpoint_path(args.checkpoints, cfg, data, ids["train"])
-            model, history = nb.train_model(cfg, batches, loss_on_dev, device, precision, path)
-            keep(change, cfg, model, history)
-            if not CHANGES[change]:  # the weights as they are: averaging changes nothing else
-                model.load_state_dict(torch.load(path, weights_only=True)["model"])
-                keep("no averaged weights", nb.replace(cfg, ema=0.0), model, history)
+
+def fingerprint(path):
+    """What tells one file of weights from another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def meteor(captions, references, nb):
+    """{"METEOR": score} times 100, by its authors' Java program; {} where that does not work."""
+    if shutil.which("java") is None:
+        return {}
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    scorer = Meteor()
+    try:
+        ours = {i: [" ".join(nb.caption_words(text))] for i, text in enumerate(captions)}
+        theirs = {
+            i: [" ".join(nb.caption_words(c)) for c in own] for i, own in enumerate(references)
+        }
+        return {"METEOR": round(100 * scorer.compute_score(theirs, ours)[0], 1)}
+    except (OSError, ValueError) as error:  # a broken pipe, or no number where one is due
+        scorer.lock.release()  # still held: its destructor would wait for it for ever
+        print(f"METEOR left out: its Java program failed ({error})")
+        return {}
+
+
+def score_on_test(nb, model, splits):
+    """Both decoders' scores on test, METEOR included; for weights that are shipped or compared."""
+    judged = splits["test"]
+    scores, said = nb.evaluate(model, judged, splits["train"].captions)
+    return {how: row | meteor(said[how], judged.captions, nb) for how, row in scores.items()}
+
+
+def baselines(nb, splits):
+    """The test scores of captions that need no model (section 11 says what they are)."""
+    train, judged = splits["train"], splits["test"]
+    constant = nb.best_constant([c for own in train.captions for c in own], splits["dev"].captions)
+    small = [splits[s].images[:, :, 3::7, 3::7].flatten(1).float() for s in ("test", "train")]
+    nearest = [train.captions[k] for k in torch.cdist(*small).argmin(1)]
+    people = [own[i % len(own)] for i, own in enumerate(judged.captions)]
+    four = [own[: i % len(own)] + own[i % len(own) + 1 :] for i, own in enumerate(judged.captions)]
+    rows = {
+        "one sentence for all": ([constant] * len(people), judged.captions),
+        "nearest training picture": (
+            [own[i % len(own)] for i, own in enumerate(nearest)], judged.captions,
+        ),
+        "a person, against the other four": (people, four),
+    }  # fmt: skip
+    return {"constant": constant} | {
+        name: nb.score_captions(*row, train.captions) | meteor(*row, nb)
+        for name, row in rows.items()
+    }
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    nb = load_components()
+    splits = nb.load_splits(args.flickr8k, cache_dir=args.cache)
+    if not splits["test"].standard:
+        raise SystemExit(f"{args.flickr8k} is not Flickr8k with its standard split")
+    if args.row == "baselines":
+        results = read_results(args.results)
+        results["baselines"] = baselines(nb, splits)
+        write_results(results, args.results)
+        return
+    device = nb.pick_device()
+    precision = getattr(torch, args.precision) if args.precision else nb.pick_precision(device)
+    wanted = {"seed": args.seed, "epochs": args.epochs, "scst_epochs": args.scst}
+    recipe, besides = recipe_of(nb, args.row), BESIDES.get(args.row, {})
+    recipe = nb.replace(recipe, **{k: v for k, v in wanted.items() if v is not None})
+    word = re.sub(r"[^a-z0-9.]+", "-", args.row.lower())
+    folder = Path(args.runs) / f"{word}-{recipe.epochs}-{recipe.seed}"
+    model, found = train_row(
+        nb, splits, nb.Config(), recipe, folder, device, precision, besides,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    run = {
+        "row": args.row, "epochs": recipe.epochs, "seed": recipe.seed,
+        "made_by": "tests/ablation.py",
+        "recipe": nb.asdict(recipe) | besides,
+        "machine": {
+            "device": device.type, "threads": args.threads, "precision": str(precision)[6:],
+            "python": platform.python_version(), "torch": torch.__version__,
+        },
+    }  # fmt: skip
+    run |= found
+    if args.test:
+        run["test"] = score_on_test(nb, model, splits)
+    print(write_run(run, args.results), json.dumps(run["dev"]), json.dumps(run.get("test")))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--flickr8k", help="its folder; else as the notebook finds its data")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="*", choices=CHANGES, help="changes to run")
-    parser.add_argument("--cache", default="cache")
-    parser.add_argument("--checkpoints", default="checkpoints")
-    parser.add_argument("--results", default=str(ROOT / "assets" / "results.json"))
+    add = parser.add_argument
+    add("row", choices=[*NAMED, *CHANGES, "baselines"])
+    add("--flickr8k", default=os.environ.get("FLICKR8K_DIR"), help="its folder")
+    add("--seed", type=int, default=0)
+    add("--epochs", type=int, help="instead of the recipe's")
+    add("--scst", type=int, help="self-critical epochs, instead of the recipe's")
+    add("--threads", type=int, default=min(2, os.cpu_count()))
+    add("--precision", choices=["float32", "bfloat16", "float16"], help="else the fastest here")
+    add("--test", action="store_true", help="score on test too: once, for what is shipped")
+    add("--cache", default=str(ROOT / "cache"), help="where the decoded pictures are kept")
+    add("--runs", default=str(ROOT / "runs"), help="where checkpoints and weights are kept")
+    add("--results", default=str(RESULTS), help="the file that the numbers go into")
     main(parser.parse_args())

@@ -1,15 +1,16 @@
-"""How fast the notebook is, against the straightforward way of doing the same.
+"""How fast the notebook is, beside a straightforward way of doing the same, or another notebook.
 
-    python tests/bench.py [--flickr8k DIR] [--model DIR] [--json FILE] [--target-loss 3.94]
+    python tests/bench.py --flickr8k DIR [--other OLD.ipynb] [--json FILE] [--quick]
 
 The straightforward way is written out below: a DataLoader that opens, decodes and resizes every
-picture every time, captions padded to 48, float32, attention by masked_fill and softmax, each
-caption with its own picture through the whole model, logits at every position; and for captions
-each picture and each beam alone, from the first token again at every step. Both sides have the same
-weights and pictures and take turns on the same machine; each ratio is the median of the rounds'
-ratios, with the smallest and the largest behind it.
-
-"Ours" is what the notebook's own component cells define. Not collected by pytest.
+picture every time, captions padded to 48, float32, each caption with its own picture through the
+whole model, logits at every position; and for captions each picture and each beam alone, from the
+first token again at every step. --other names the file of another version of the notebook, the
+first edition (class CaptionBatches) or a later one. All sides have the same pictures and, for
+captions, the same weights; in each of five rounds all take their turn, and a ratio is the median of
+the rounds' ratios, with the smallest and the largest behind it. Measure on an idle machine: the
+table says how busy it was. Each notebook's sides run in processes of their own, one at a time. Not
+run by pytest.
 """
 
 import argparse
@@ -22,77 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MB = 1e6
-ROUNDS = 3
-PUBLISHED_EPOCHS = 15
-DOWNLOADED = (500, 375)  # pixels of a usual picture of Flickr8k
-
-MEASURES = {  # what: (unit, at least or at most)
-    "training": ("pairs/s", "4x"),
-    "to the published loss": ("s", "30x"),
-    "beam-3 captions": ("captions/s", "20x"),
-    "greedy captions": ("captions/s", "12x"),
-    "second start": ("s", "at most 1 s"),
-    "peak memory of training": ("MB", "at most 1500 MB on a CPU, 1000 MB on a GPU"),
+MEASURES = {  # what: (unit, whether it is the better the higher it is)
+    "training": ("pairs/s", True),
+    "beam-3 captions": ("captions/s", True),
+    "second start": ("s", False),
+    "peak memory of training": ("MB", False),
 }
-
-
-# Ours: the notebook's cells -----------------------------------------------------------------
-
-
-def load_components(**replaced):
-    """A module of everything that the notebook's component cells define."""
-    notebook = json.loads((ROOT / "SupraVL_Nano.ipynb").read_text(encoding="utf-8"))
-    module = types.ModuleType("components")
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code" and "component" in cell["metadata"].get("tags", []):
-            exec("".join(cell["source"]), module.__dict__)
-    module.__dict__.update(replaced)
-    return module
-
-
-def read_data(nb, flickr8k, cache):
-    """As sections 2 and 3 of the notebook: (name, splits, tokenizer, token ids of each split)."""
-    if flickr8k:
-        os.environ["FLICKR8K_DIR"] = str(flickr8k)
-    else:
-        os.environ["SUPRAVL_DATA"] = "toy"
-    cfg = nb.Config()
-    name, pictures = nb.get_dataset(scenes=ROOT / "assets" / "scenes")
-    splits = {
-        split: nb.load_split(items, cfg.IMG_SIZE, cache, f"{name}-{split}")
-        for split, items in pictures.items()
-    }
-    tokenizer, ids = nb.load_tokens(splits, cfg, cache)
-    return name, pictures, splits, tokenizer, ids
-
-
-class Stopwatch:
-    """Batches that stop after some seconds and remember how fast they were used."""
-
-    def __init__(self, batches, seconds, skip=3):
-        self.batches, self.seconds, self.skip = batches, seconds, skip
-        self.pairs, self.elapsed = 0, 0.0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def epoch(self, number):
-        stream = itertools.chain.from_iterable(self.batches.epoch(i) for i in itertools.count())
-        for step, batch in enumerate(stream):
-            if step == self.skip:  # the first steps warm up
-                start = now()
-            yield batch  # the training step happens here
-            if step >= self.skip:
-                self.pairs += int((batch[1].caption.amax(1) + 1).sum())
-                if step % 4 == 0:
-                    self.elapsed = now() - start
-                    if self.elapsed > self.seconds:
-                        return
 
 
 def now():
@@ -104,145 +43,220 @@ def now():
     return time.perf_counter()
 
 
-def our_training(nb, cfg, splits, ids, device, precision, seconds):
-    """Pairs a second of `train_model` itself: augmentation, averaged weights and all."""
-    batches = nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device)
-    watch = Stopwatch(batches, seconds)
-    one_epoch = nb.replace(cfg, epochs=1)
-    nb.train_model(one_epoch, watch, lambda model: 0.0, device, precision)
-    return watch.pairs / watch.elapsed
+# The notebooks ---------------------------------------------------------------------------------
 
 
-# The straightforward way --------------------------------------------------------------------
+def load(path):
+    """A module of everything that a notebook's component cells define."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    os.environ["SUPRAVL_NOTEBOOK"] = str(path)
+    import conftest
+
+    return conftest.load_components()
 
 
-def masked_attention(q, k, v, mask):
-    """Attention with the whole table of scores: masked_fill and softmax."""
-    scores = (q @ k.transpose(-2, -1)) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+class Stopwatch:
+    """Passes batches on, for some seconds, and counts the captions in them."""
+
+    def __init__(self, batches, seconds, count, skip=3):
+        self.batches, self.seconds, self.count, self.skip = batches, seconds, count, skip
+        self.batch_sampler, self.pairs = getattr(batches, "batch_sampler", None), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, number):
+        passes = (self.batches.epoch(n) if self.first else self.batches for n in itertools.count())
+        for step, batch in enumerate(itertools.chain.from_iterable(passes)):
+            if step == self.skip:  # the first steps warm up
+                self.start = now()
+            yield batch  # the training step happens here
+            if step >= self.skip:
+                self.pairs += self.count(batch)
+                self.elapsed = now() - self.start
+                if self.elapsed > self.seconds:
+                    return
+
+    first = False  # whether the batches are of the first edition
+
+    def __iter__(self):
+        return self.epoch(0)
 
 
-def make_dataset(pairs, size):
-    """A Dataset of (picture, ids padded to 48), read from the picture's file each time."""
-    import torch
-    from PIL import Image
-    from torchvision import transforms
+class Notebook:
+    """What is measured, with the present notebook's cells."""
 
-    prepare = transforms.Compose(
-        [
-            transforms.Resize((size, size)),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+    def __init__(self, nb, args):
+        self.nb, self.args, self.device = nb, args, nb.pick_device()
+        name = args.precision
+        self.precision = getattr(nb.torch, name) if name else nb.pick_precision(self.device)
 
-    class Pairs(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(pairs)
+    def read(self):
+        nb, cfg = self.nb, self.nb.Config()
+        self.splits = nb.load_splits(self.args.data, cfg.IMG_SIZE, self.args.cache)
+        train = self.splits["train"]
+        self.tokenizer = nb.train_tokenizer([c for own in train.captions for c in own])
+        self.ids = {
+            s: nb.encode_captions(self.tokenizer, part.captions) for s, part in self.splits.items()
+        }
+        self.recipe, self.cfg = nb.replace(nb.RECIPES["nano"], epochs=1), cfg
 
-        def __getitem__(self, i):
-            path, ids = pairs[i]
-            padded = torch.zeros(48, dtype=torch.long)
-            padded[: len(ids)] = torch.tensor(ids)
-            return prepare(Image.open(path).convert("RGB")), padded
+    def batches(self):
+        nb, train = self.nb, self.splits["train"]
+        self.words, shares = nb.content_words(train.captions)
+        return nb.make_loader(train.images, self.ids["train"], self.recipe, self.device, shares)
 
-    return Pairs()
+    def first_batch(self):
+        next(iter(self.batches()))
+
+    def train(self, seconds):
+        """Pairs a second of `train` itself: augmentation, averaged weights and all."""
+        nb, recipe = self.nb, self.recipe
+        watch = Stopwatch(self.batches(), seconds, lambda batch: len(batch.ids))
+        loss_of = nb.CaptionLoss(
+            nb.MiniVLM(self.cfg), recipe.label_smoothing, recipe.naming, len(self.words)
+        ).to(self.device, memory_format=nb.torch.channels_last)
+        nb.train(loss_of, watch, recipe, lambda model: 0.0, self.precision)
+        return watch.pairs / watch.elapsed
+
+    def load_model(self, folder):
+        self.model = self.nb.MiniVLM.from_pretrained(folder, device=self.device)
+
+    def images(self, numbers):
+        return self.nb.normalise(self.splits["test"].images[numbers])
+
+    def write(self, numbers):
+        """Beam-3 captions of test pictures."""
+        return self.model.generate_beam(self.images(numbers), beam_width=3)
 
 
-def straightforward_training(nb, cfg, weights, pairs, device, seconds, workers):
-    """Pairs a second, the plain way, at the published recipe's batch size and learning rate."""
-    import torch
+class FirstEdition(Notebook):
+    """The same with the cells of the notebook's first edition."""
 
-    model = nb.MiniVLM(cfg).to(device).train()
-    model.load_state_dict(weights)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.01)
-    loader = torch.utils.data.DataLoader(
-        make_dataset(pairs, cfg.IMG_SIZE), batch_size=64, shuffle=True, num_workers=workers,
-        drop_last=True, persistent_workers=workers > 0,
-    )  # fmt: skip
-    done, start = 0, None
-    for step, (images, ids) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader))):
-        if step == 3:
-            start = now()
-        images, ids = images.to(device), ids.to(device)
-        logits = model(model.vis_enc(images), ids)[:, cfg.N_VIS : -1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, cfg.VOCAB_SIZE), ids[:, 1:].reshape(-1), ignore_index=nb.PAD
+    def read(self):
+        nb = self.nb
+        os.environ["FLICKR8K_DIR"] = str(self.args.data)
+        self.cfg = nb.replace(nb.PRESETS["nano"], epochs=1, practice=0)
+        name, pictures = nb.get_dataset()
+        cache = Path(self.args.cache) / "first edition"
+        self.splits = {
+            s: nb.load_split(items, self.cfg.IMG_SIZE, cache, f"{name}-{s}")
+            for s, items in pictures.items()
+        }
+        self.tokenizer, self.ids = nb.load_tokens(self.splits, self.cfg, cache)
+
+    def batches(self):
+        train = self.splits["train"]
+        return self.nb.CaptionBatches(train.images, self.ids["train"], self.cfg, self.device)
+
+    def first_batch(self):
+        next(self.batches().epoch(0))
+
+    def train(self, seconds):
+        watch = Stopwatch(
+            self.batches(), seconds, lambda batch: int((batch[1].caption.amax(1) + 1).sum())
         )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if start is not None:
-            done += len(images)
-            if now() - start > seconds:
-                return done / (now() - start)
+        watch.first = True
+        self.nb.train_model(self.cfg, watch, lambda model: 0.0, self.device, self.precision)
+        return watch.pairs / watch.elapsed
+
+    def load_model(self, folder):
+        self.model = self.nb.SupraVLNano.from_pretrained(folder, device=self.device)
+
+    def write(self, numbers):
+        return self.model.generate_beam(self.splits["test"].images[numbers], beam_width=3)
 
 
-def straightforward_captions(nb, model, images, device, width, seconds):
-    """Ids of the first pictures, as many as fit in `seconds`, each beam alone. `width` 1 is greedy.
+class Straightforward(Notebook):
+    """The plain way, with the present notebook's model."""
 
-    Returns (a list of id lists, captions a second).
-    """
-    import torch
+    def files(self):
+        """{name: path} of the pictures."""
+        folders = ("Flicker8k_Dataset", "Images")
+        folder = next(p for name in folders for p in sorted(Path(self.args.data).rglob(name)))
+        return {path.name: path for path in folder.iterdir()}
 
-    written, start = [], now()
-    for image in images:
-        with torch.no_grad():
-            picture = nb.normalise(torch.from_numpy(image)[None].to(device)).contiguous()
-            img_tokens = model.vis_enc(picture)
-            beams = [(0.0, [nb.BOS])]
-            for _ in range(48):
-                candidates = [beam for beam in beams if beam[1][-1] == nb.EOS]
-                for score, ids in beams:
-                    if ids[-1] != nb.EOS:
-                        logits = model(img_tokens, torch.tensor([ids], device=device))[0, -1]
-                        top = logits.log_softmax(-1).topk(width)
-                        for gain, token in zip(top.values.tolist(), top.indices.tolist()):
-                            candidates.append((score + gain, [*ids, token]))
-                beams = sorted(candidates, key=lambda beam: -beam[0])[:width]
-                if all(ids[-1] == nb.EOS for _, ids in beams):
-                    break
-        written.append(beams[0][1][1:])
-        if now() - start > seconds:
-            break
-    return written, len(written) / (now() - start)
+    def plain_loader(self, workers):
+        import torch
+        from PIL import Image
+        from torchvision import transforms
+
+        prepare = transforms.Compose([
+            transforms.Resize((112, 112)), transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ])  # fmt: skip
+        files, names = self.files(), self.splits["train"].names
+        pairs = [(files[n], ids) for n, own in zip(names, self.ids["train"]) for ids in own]
+
+        class Pairs(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(pairs)
+
+            def __getitem__(self, i):
+                path, ids = pairs[i]
+                padded = torch.zeros(48, dtype=torch.long)
+                padded[: len(ids)] = ids
+                return prepare(Image.open(path).convert("RGB")), padded
+
+        how = {"num_workers": workers, "persistent_workers": workers > 0}
+        return torch.utils.data.DataLoader(Pairs(), 64, shuffle=True, drop_last=True, **how)
+
+    def train(self, seconds):
+        """Pairs a second, with the better of two settings for the DataLoader's processes."""
+        if not hasattr(self, "workers"):
+            trial = {n: self.train_with(n, seconds / 2) for n in (0, self.args.threads)}
+            self.workers = max(trial, key=trial.get)
+        return self.train_with(self.workers, seconds)
+
+    def train_with(self, workers, seconds):
+        import torch
+
+        model = self.nb.MiniVLM(self.cfg).to(self.device).train()
+        how = {"betas": (0.9, 0.95), "weight_decay": 0.01}
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-4, **how)
+        watch = Stopwatch(self.plain_loader(workers), seconds, lambda batch: len(batch[0]))
+        for images, ids in watch:
+            images, ids = images.to(self.device), ids.to(self.device)
+            logits = model(model.vis_enc(images), ids)[:, self.cfg.N_VIS : -1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=self.nb.PAD
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return watch.pairs / watch.elapsed
+
+    def write(self, numbers):
+        """Beam-3 captions of as many of these pictures as fit in `args.seconds`."""
+        import torch
+
+        nb, model, said, start = self.nb, self.model, [], now()
+        for image in self.images(numbers):
+            with torch.no_grad():
+                img_tokens = model.vis_enc(image[None].to(self.device))
+                beams = [(0.0, [nb.BOS])]
+                for _ in range(48):
+                    candidates = [beam for beam in beams if beam[1][-1] == nb.EOS]
+                    for score, ids in beams:
+                        if ids[-1] != nb.EOS:
+                            logits = model(img_tokens, torch.tensor([ids], device=self.device))
+                            top = logits[0, -1].log_softmax(-1).topk(3)
+                            for gain, token in zip(top.values.tolist(), top.indices.tolist()):
+                                candidates.append((score + gain, [*ids, token]))
+                    beams = sorted(candidates, key=lambda beam: -beam[0])[:3]
+                    if all(ids[-1] == nb.EOS for _, ids in beams):
+                        break
+            said.append(self.tokenizer.decode(beams[0][1]).strip())
+            if now() - start > self.args.seconds:
+                break
+        return said
 
 
-def as_downloaded(pictures, folder):
-    """Paths of these pictures at the size in which Flickr8k is downloaded.
-
-    A picture that is that large already is used as it is; a smaller one is enlarged and written to
-    `folder`. Such a copy has less detail than a photograph and so decodes a little faster: the
-    straightforward side is not put at a disadvantage.
-    """
-    from PIL import Image
-
-    paths = []
-    for picture in pictures:
-        with Image.open(picture.path) as image:
-            if max(image.size) >= 400:
-                paths.append(picture.path)
-                continue
-            paths.append(folder / picture.path.name)
-            image.convert("RGB").resize(DOWNLOADED, Image.BICUBIC).save(paths[-1], quality=95)
-    return paths
+# A side is a process that is asked one thing after the other -----------------------------------
 
 
-# Measures that need a process of their own --------------------------------------------------
-
-
-def child(args, task):
-    """Run this file again for one task; returns what it printed as JSON in its last line."""
-    command = [sys.executable, __file__, "--child", task, "--cache", str(args.cache)]
-    command += ["--seconds", str(args.seconds), "--threads", str(args.threads)]
-    command += ["--recipe", args.recipe]
-    command += ["--flickr8k", str(args.flickr8k)] if args.flickr8k else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def resident(kind="VmRSS"):
+def resident(kind):
     """Bytes of memory in use now (VmRSS) or at the peak (VmHWM); None where Linux is not."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -251,258 +265,145 @@ def resident(kind="VmRSS"):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind + ":"))
 
 
-def touched(folder):
-    """(bytes in memory, bytes in all) of the files of `folder` that this process has mapped."""
-    inside = total = 0
-    current = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split()
-        if "-" in fields[0] and not fields[0].endswith(":"):
-            current = len(fields) > 5 and fields[5].startswith(str(Path(folder).resolve()))
-        elif current and fields[0] == "Rss:":
-            inside += 1024 * int(fields[1])
-        elif current and fields[0] == "Size:":
-            total += 1024 * int(fields[1])
-    return inside, total
-
-
-def child_start(args, nb):
-    """Seconds from imports done to the first training batch, everything cached."""
+def serve(args):
+    """Read questions from stdin, one JSON a line, and answer likewise."""
+    answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # what the cells print is no answer
     import torch
 
-    def bytes_read():
-        lines = Path("/proc/self/io").read_text().splitlines()
-        return int(lines[0].split()[1])  # rchar: by read(), from disk or from the page cache
-
-    linux = sys.platform == "linux"
-    before = bytes_read() if linux else 0
-    start = time.perf_counter()
-    _, _, splits, _, ids = read_data(nb, args.flickr8k, args.cache)
-    read = time.perf_counter()
-    device = nb.pick_device()
-    cfg = nb.PRESETS[args.recipe]
-    next(nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device).epoch(0))
-    end = now()
-    result = {"seconds": end - start, "data_and_tokenizer": read - start, "device": str(device)}
-    if linux:
-        result["bytes_read"] = bytes_read() - before
-        result["cache_touched"], result["cache_size"] = touched(args.cache)
-    return result | {"torch": torch.__version__}
-
-
-def child_memory(args, nb, base):
-    """Peak memory of training above `import torch`, and how it grew from the middle to the end."""
-    import torch
-
-    _, _, splits, _, ids = read_data(nb, args.flickr8k, args.cache)
-    device = nb.pick_device()
-    precision = nb.pick_precision(device)
-    cfg = nb.replace(nb.PRESETS[args.recipe], epochs=1)
-    batches = nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device)
-    watch, marks = Stopwatch(batches, 2 * args.seconds), []
-
-    class Marks(Stopwatch):
-        def epoch(self, number):
-            for batch in watch.epoch(number):
-                yield batch
-                marks.append(resident())
-
-    nb.train_model(
-        cfg, Marks(batches, 0),
-        lambda m: nb.evaluate_loss(m, splits["dev"].images, ids["dev"], device, precision),
-        device, precision,
-    )  # fmt: skip
-    if device.type == "cuda":
-        return {"bytes": torch.cuda.max_memory_reserved(), "steps": len(marks)}
-    growth = marks[-1] - marks[len(marks) // 2]
-    return {"bytes": resident("VmHWM") - base, "steps": len(marks), "growth": growth}
-
-
-# The measures -------------------------------------------------------------------------------
-
-
-def summary(name, ours, theirs, **more):
-    """A row of the table from the rounds' figures; higher is better in both."""
-    ratios = [a / b for a, b in zip(ours, theirs)]
-    row = {"measure": name, "ours": ours, "straightforward": theirs, "ratios": ratios} | more
-    show(name, statistics.median(ours), statistics.median(theirs), ratios, more.get("note", ""))
-    return row
-
-
-def show(name, ours, theirs=None, ratios=None, note=""):
-    """Print one row."""
-    unit, wanted = MEASURES[name]
-    cells = [f"{ours:,.4g} {unit}", f"{theirs:,.4g} {unit}" if theirs is not None else "", ""]
-    if ratios:
-        cells[2] = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
-    say("| " + " | ".join([name, *cells, wanted, note]) + " |")
-
-
-def say(line):
-    """Print to the terminal; everything else that prints (progress bars) is silenced in `main`."""
-    print(line, file=sys.__stdout__, flush=True)
-
-
-def main(args, scratch):
-    import torch
-
-    sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(args.threads)
-    nb, plain = load_components(), load_components(attention=masked_attention)
-    device = nb.pick_device()
-    precision = nb.pick_precision(device)
-    args.cache = args.cache or scratch / "cache"
-    name, pictures, splits, tokenizer, ids = read_data(nb, args.flickr8k, args.cache)
-    cfg, results = nb.PRESETS[args.recipe], []
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    machine = f"{processor()}, {args.threads} threads, {gpu}; torch {torch.__version__}"
-    say(f"{machine}; {name}, {len(splits['train']):,} training pictures; ours: {precision}\n")
-    say("| measure | ours | straightforward | ratio (rounds) | wanted | |")
-    say("|---|---|---|---|---|---|")
+    nb = load(args.notebook)
+    first = hasattr(nb, "CaptionBatches")
+    side = (Straightforward if args.plain else FirstEdition if first else Notebook)(nb, args)
+    base = resident("VmRSS")
+    for line in sys.stdin:
+        task, value = json.loads(line)
+        if task == "start":  # everything that is read or computed before the first step
+            start = now()
+            side.read()
+            side.first_batch()
+            answer = now() - start
+        elif task == "train":
+            answer = side.train(value)
+        elif task == "load":
+            side.load_model(value)
+            answer = None
+        elif task == "write":
+            start = now()
+            said = side.write(value)
+            answer = [len(said) / (now() - start), said]
+        elif task == "memory":
+            cuda = torch.cuda.is_available()
+            answer = torch.cuda.max_memory_reserved() if cuda else resident("VmHWM")
+            answer = answer and (answer if cuda else answer - base) / 1e6
+        else:
+            answer = {"device": str(side.device), "precision": str(side.precision)}
+        print(json.dumps(answer), file=answers, flush=True)
 
-    def wanted(measure):
-        return not args.only or any(measure.startswith(word) for word in args.only)
 
-    torch.manual_seed(0)
-    fresh = nb.MiniVLM(nb.Config()).state_dict()
-    pairs_a_second = None
-    if wanted("training"):
-        some = pictures["train"][:600]
-        paths = as_downloaded(some, scratch)
-        pairs = [(path, caption) for path, own in zip(paths, ids["train"]) for caption in own]
-        # Workers take cores from the arithmetic or keep it fed: the straightforward side gets the
-        # better of both.
-        trial = {
-            workers: straightforward_training(
-                plain, plain.Config(dropout=0.0), fresh, pairs, device, args.seconds / 2, workers
-            )
-            for workers in (0, args.threads)
-        }
-        workers = max(trial, key=trial.get)
-        ours, theirs = [], []
-        for _ in range(ROUNDS):
-            theirs.append(
-                straightforward_training(
-                    plain, plain.Config(dropout=0.0), fresh, pairs, device, args.seconds, workers
-                )
-            )
-            ours.append(our_training(nb, cfg, splits, ids, device, precision, args.seconds))
-        note = f"straightforward with {workers} DataLoader workers"
-        results.append(summary("training", ours, theirs, note=note, workers_tried=trial))
-        pairs_a_second = statistics.median(theirs)
+class Side:
+    """A process that serves; `ask` waits for its answer."""
 
-    if args.target_loss:
-        results.append(time_to_loss(nb, args, cfg, splits, ids, device, precision, pairs_a_second))
+    def __init__(self, args, notebook, plain=False):
+        command = [sys.executable, __file__, "--serve", "--notebook", str(notebook)]
+        command += ["--flickr8k", str(args.data), "--cache", str(args.cache)]
+        command += ["--threads", str(args.threads), "--seconds", str(args.seconds)]
+        command += ["--precision", args.precision] if args.precision else []
+        command += ["--plain"] if plain else []
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **pipes)
 
-    if wanted("beam") or wanted("greedy"):
-        captioner = load_model(nb, args, splits, tokenizer, ids, device, precision)
-        model = plain.MiniVLM(plain.Config()).to(device).eval()
-        model.load_state_dict(captioner.model.state_dict())
-        for measure, width in (("beam-3 captions", 3), ("greedy captions", 1)):
-            if wanted(measure):
-                images = splits["test"].images
-                images = images[: args.pictures]
-                results.append(
-                    captions(nb, plain, measure, width, captioner, model, images, device, args)
-                )
+    def ask(self, task, value=None):
+        self.process.stdin.write(json.dumps([task, value]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side died at {task!r}")
+        return json.loads(line)
 
-    if wanted("second start"):
-        starts = [child(args, "start") for _ in range(ROUNDS)]
-        seconds = [start["seconds"] for start in starts]
-        note = f"{min(seconds):.2f} to {max(seconds):.2f} s; imports not counted"
-        if "cache_touched" in starts[0]:
-            last = starts[-1]
-            note += (
-                f"; {last['bytes_read'] / MB:.1f} MB read, {last['cache_touched'] / MB:.1f} of "
-                f"{last['cache_size'] / MB:.0f} MB of cached pictures touched"
-            )
-        show("second start", statistics.median(seconds), note=note)
-        results.append({"measure": "second start", "rounds": starts, "note": note})
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
-    if wanted("peak memory"):
-        memory = child(args, "memory")
-        note = f"above import torch, in {memory['steps']} steps"
-        if "growth" in memory:
-            note += f"; {memory['growth'] / MB:+.0f} MB in the second half of them"
-        show("peak memory of training", memory["bytes"] / MB, note=note)
-        results.append({"measure": "peak memory of training", "note": note} | memory)
 
+def once(args, sides, name, *tasks):
+    """The last answer of a fresh process of this side."""
+    side = Side(args, *sides[name])
+    answers = [side.ask(*task) for task in tasks]
+    side.end()
+    return answers[-1]
+
+
+# The measures ----------------------------------------------------------------------------------
+
+
+def show(measure, rounds):
+    """Print one row: medians of each side, and how many times better the notebook is."""
+    unit, higher = MEASURES[measure]
+    cells = [measure]
+    for name, values in rounds.items():
+        cell = f"{statistics.median(values):,.4g} {unit}"
+        if name != "notebook":
+            ratios = [a / b if higher else b / a for a, b in zip(rounds["notebook"], values)]
+            cell += f", {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        cells.append(cell)
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main(args):
+    sides = {"notebook": (args.notebook, False), "straightforward": (args.notebook, True)}
+    if args.other:
+        sides["other"] = (args.other, False)
+    found = {}
+
+    def measure(name, sides_of, ask):
+        """One number from each side in each round; the side that begins changes."""
+        rounds = {side: [] for side in sides_of}
+        for n in range(args.rounds):
+            for side in sides_of[n % len(sides_of) :] + sides_of[: n % len(sides_of)]:
+                rounds[side].append(ask(side, n))
+        found[name] = rounds
+        show(name, rounds)
+
+    others = [name for name in sides if name != "straightforward"]
+    for name in others:  # the first start fills the caches
+        once(args, sides, name, ("start",))
+    running = {name: Side(args, *of) for name, of in sides.items()}
+    about = running["notebook"].ask("about") | {"processor": processor(), "threads": args.threads}
+    about |= {"load before": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print("| measure | " + " | ".join(sides) + " |\n" + "|---" * (len(sides) + 1) + "|")
+    for side in running.values():
+        side.ask("start")
+        side.ask("load", str(args.model))
+    measure("training", list(sides), lambda side, n: running[side].ask("train", args.seconds))
+
+    texts = {name: {} for name in sides}
+
+    def write(side, n):
+        numbers = list(range(n, args.pictures, args.rounds))
+        rate, said = running[side].ask("write", numbers)
+        texts[side] |= dict(zip(numbers, said))
+        return rate
+
+    measure("beam-3 captions", list(sides), write)
+    for side in running.values():
+        side.ask("train", 0)  # nothing may be left that slows what follows
+        side.end()
+    measure("second start", others, lambda side, n: once(args, sides, side, ("start",)))
+    memory = lambda side, n: once(  # noqa: E731
+        args, sides, side, ("start",), ("train", args.seconds), ("memory",)
+    )
+    if sys.platform == "linux":
+        args.rounds = min(2, args.rounds)  # it hardly varies
+        measure("peak memory of training", others, memory)
+    for name in list(sides)[1:]:
+        both = [n for n in texts[name] if n in texts["notebook"]]
+        same = sum(texts[name][n] == texts["notebook"][n] for n in both)
+        print(f"\nthe same captions as {name}: {same} of {len(both)}", end="")
+    print(f"\nload after: {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "")
     if args.json:
-        report = {"machine": machine, "data": name, "precision": str(precision)}
-        report |= {"recipe": args.recipe, "results": results}
+        report = {"about": about, "rounds": found}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def captions(nb, plain, measure, width, captioner, model, images, device, args):
-    """Captions a second of both sides, and the share of the pictures with the same tokens."""
-    import torch
-
-    write = captioner.generate_beam if width > 1 else captioner.generate_greedy
-    write(images[:8])  # warm up
-    ours, theirs, same = [], [], []
-    for part in range(ROUNDS):
-        few = images[part::ROUNDS]
-        ids, rate = straightforward_captions(plain, model, few, device, width, args.seconds)
-        theirs.append(rate)
-        start = now()
-        write(few)
-        ours.append(len(few) / (now() - start))
-        with torch.no_grad():
-            batch = torch.from_numpy(few[: len(ids)]).to(device)
-            fast = (
-                nb.beam_ids(captioner.model, batch, width)
-                if width > 1
-                else nb.sample_ids(captioner.model, batch, top_k=1)
-            )
-        same += [[i for i in row if i != nb.PAD] == slow for row, slow in zip(fast.tolist(), ids)]
-    note = f"{len(images):,} pictures in {sum(len(images) / ROUNDS / r for r in ours):.1f} s; "
-    note += f"straightforward {len(same)}, hence {len(images) / statistics.median(theirs):.0f} s; "
-    note += f"same tokens {sum(same)} of {len(same)}; both float32"
-    return summary(measure, ours, theirs, note=note, compared=len(same), equal=sum(same))
-
-
-def load_model(nb, args, splits, tokenizer, ids, device, precision):
-    """A trained Captioner: the folder `--model` if it is there, else two quick epochs."""
-    if Path(args.model).is_dir():
-        return nb.SupraVLNano.from_pretrained(args.model, device=device)
-    print(f"(no {args.model}: training for two epochs first)", file=sys.stderr, flush=True)
-    cfg = nb.replace(nb.PRESETS[args.recipe], epochs=2)
-    batches = nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device)
-    model, _ = nb.train_model(cfg, batches, lambda m: 0.0, device, precision)
-    return nb.SupraVLNano(model, tokenizer)
-
-
-def time_to_loss(nb, args, cfg, splits, ids, device, precision, pairs_a_second):
-    """Wall time of our recipe, from start to the end of the first epoch at or below the loss."""
-
-    class Reached(Exception):
-        pass
-
-    def report(history):
-        print(f"  {now() - start:.0f} s: {history[-1]}", file=sys.stderr, flush=True)
-        if history[-1]["val"] <= args.target_loss:
-            raise Reached(history[-1]["val"])
-
-    def validate(model):
-        return nb.evaluate_loss(model, splits["dev"].images, ids["dev"], device, precision)
-
-    start, reached = now(), None
-    batches = nb.CaptionBatches(splits["train"].images, ids["train"], cfg, device)
-    try:
-        nb.train_model(cfg, batches, validate, device, precision, report=report)
-    except Reached as error:
-        reached = error.args[0]
-    seconds = now() - start
-    pairs = PUBLISHED_EPOCHS * sum(len(own) for own in ids["train"])
-    theirs = pairs / pairs_a_second if pairs_a_second else None
-    note = f"loss {reached:.3f}" if reached else f"loss {args.target_loss} not reached"
-    if theirs:
-        note += f"; straightforward computed: {pairs:,} pairs at {pairs_a_second:.0f} a second"
-    ratios = [theirs / seconds] if theirs and reached else None
-    show("to the published loss", seconds, theirs, ratios, note)
-    return {"measure": "to the published loss", "ours": seconds, "straightforward": theirs} | {
-        "ratios": ratios, "note": note, "target": args.target_loss,
-    }  # fmt: skip
 
 
 def processor():
@@ -517,30 +418,28 @@ def processor():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--flickr8k", default=os.environ.get("FLICKR8K_DIR"), help="its folder; else drawn scenes")
-    shipped = str(ROOT / "assets" / "supravl-nano")
-    add("--model", default=shipped, help="folder of a trained model; else trains a little")
-    add("--recipe", default="nano", help="the preset that ours trains with")
+    add("--flickr8k", dest="data", default=os.environ.get("FLICKR8K_DIR"), help="its folder")
+    add("--other", type=Path, help="another version's notebook, to be timed beside this one")
+    add("--model", type=Path, default=ROOT / "assets" / "supravl-nano", help="weights that write")
     add("--json", help="file for the raw figures")
-    add("--seconds", type=float, default=15, help="for each side, in each of three rounds")
+    add("--seconds", type=float, default=15, help="of training for each side in a round")
     add("--pictures", type=int, default=1000, help="to caption")
+    add("--rounds", type=int, default=5)
     add("--threads", type=int, default=min(2, os.cpu_count()))
-    add("--target-loss", type=float, help="also train until the validation loss is this (long)")
-    add("--only", nargs="*", help="measures to take, by how their names begin")
+    add("--precision", choices=["float32", "bfloat16", "float16"], help="else the fastest here")
+    add("--quick", action="store_true", help="two rounds of a second: does it run at all?")
     add("--cache", type=Path, help="where the decoded pictures are kept; else a temporary folder")
-    add("--child", help=argparse.SUPPRESS)
+    add("--notebook", type=Path, default=ROOT / "SupraVL_Nano.ipynb", help=argparse.SUPPRESS)
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
+    add("--plain", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        import torch
-
-        base = resident()
-        torch.set_num_threads(args.threads)
-        components = load_components()
-        if args.child == "start":
-            result = child_start(args, components)
-        else:
-            result = child_memory(args, components, base)
-        print("\n" + json.dumps(result))
+    if args.serve:
+        serve(args)
+    elif not args.data:
+        parser.error("--flickr8k is needed")
     else:
+        if args.quick:
+            args.seconds, args.rounds, args.pictures = 1, 2, 8
         with tempfile.TemporaryDirectory() as folder:
-            main(args, Path(folder))
+            args.cache = args.cache or Path(folder)
+            main(args)

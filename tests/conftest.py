@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")  # no window
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = ROOT / "SupraVL_Nano.ipynb"
+NOTEBOOK = Path(os.environ.get("SUPRAVL_NOTEBOOK") or ROOT / "SupraVL_Nano.ipynb")
 
 
 def component_cells():
@@ -24,25 +27,59 @@ def component_cells():
     ]
 
 
-@pytest.fixture(scope="session")
-def nb():
-    """Everything that the component cells define, as attributes: `nb.Config`, `nb.MiniVLM`, ..."""
+def load_components():
+    """A module of everything that the component cells define."""
     notebook = types.ModuleType("notebook_components")
+    sys.modules[notebook.__name__] = notebook  # what is pickled between processes needs a home
     for source in component_cells():
         exec(compile(source, source.partition("\n")[0], "exec"), notebook.__dict__)
     return notebook
 
 
-TINY = {
-    "D_MODEL": 16, "N_HEADS": 2, "N_LAYERS": 2, "D_FF": 32, "VIS_CH": 8, "N_VIS": 4,
-    "VOCAB_SIZE": 20, "MAX_SEQ": 8, "IMG_SIZE": 16, "init": "gpt2", "epochs": 3, "batch_size": 4,
-    "captions_per_image": 2, "lr": 1e-2, "min_lr": 1e-5, "warmup": 2, "weight_decay": 0.01,
-    "decay_all": False, "grad_clip": 1.0, "dropout": 0, "crop": 1, "flip": False, "jitter": 0,
-    "label_smoothing": 0, "ema": 0,
-}  # fmt: skip
+@pytest.fixture(scope="session")
+def nb():
+    """Everything that the component cells define, as attributes: `nb.Config`, `nb.MiniVLM`, ..."""
+    return load_components()
 
 
 @pytest.fixture(scope="session")
 def tiny(nb):
-    """A Config of a few thousand parameters, with all randomness of training turned off."""
-    return nb.Config(**TINY)
+    """A Config of a few thousand parameters."""
+    return nb.Config(
+        D_MODEL=16, N_HEADS=2, N_LAYERS=2, D_FF=32, VIS_CH=8, N_VIS=4, VOCAB_SIZE=20, MAX_SEQ=8,
+        IMG_SIZE=16,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make(nb, tiny):
+    """A random model with opinions: `make(seed, VOCAB_SIZE=...)`."""
+    torch = nb.torch
+
+    def build(seed=0, **how):
+        torch.manual_seed(seed)
+        model = nb.MiniVLM(nb.replace(tiny, **how)).eval()
+        with torch.no_grad():  # let pictures differ, blocks matter, and some sentences end
+            model.tok_emb.weight.normal_().mul_(0.5)[nb.EOS].mul_(1.5)
+            model.pos_emb.weight.normal_()
+            model.vis_enc.proj.weight.normal_().mul_(2)
+            for block in model.blocks:
+                for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                    layer.weight.normal_().mul_(0.7)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pictures(nb):
+    """Six pictures of a few colours that a random encoder can tell apart, uint8 (6, 3, 16, 16)."""
+    generator = nb.torch.Generator().manual_seed(0)
+    colours = nb.torch.randint(0, 256, (6, 3, 2, 2), generator=generator, dtype=nb.torch.uint8)
+    return colours.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+@pytest.fixture(scope="session")
+def img(nb, pictures):
+    """The same pictures as generation takes them."""
+    return nb.normalise(pictures)

@@ -21,8 +21,10 @@ def clean(notebook):
     counts = [cell.get("execution_count") for cell in notebook.cells]
     CoalesceStreamsPreprocessor().preprocess(notebook, {})
     TagRemovePreprocessor(remove_all_outputs_tags={"flickr8k-photos"}).preprocess(notebook, {})
+    notebook.metadata.pop("widgets", None)  # GitHub draws no notebook that holds their state
     for cell, count in zip(notebook.cells, counts):
-        cell.metadata.pop("execution", None)  # times of day
+        for key in ("execution", "lines_to_next_cell"):  # times of day; of no use to anybody
+            cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.execution_count = count  # a cell without its photographs was run all the same
             cell.outputs = [o for o in cell.outputs if o.get("text", "-").strip()]
@@ -36,6 +38,7 @@ def main():
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": ROOT}}).execute()
     clean(notebook)
     nbformat.write(notebook, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

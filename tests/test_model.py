@@ -1,4 +1,4 @@
-"""The model: its published shape, and that nothing leaks from later to earlier positions."""
+"""The model: the published format, attention by the formula, and that nothing looks ahead."""
 
 import math
 
@@ -6,318 +6,247 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-# Issue 2's table, written out: name and shape of everything a file of weights holds.
-CONV = [("conv1", 3, 16), ("conv2", 16, 32), ("conv3", 32, 64)]
-BLOCK = {
-    "ln1.weight": (128,),
-    "ln1.bias": (128,),
-    "attn.qkv.weight": (384, 128),
-    "attn.proj.weight": (128, 128),
-    "ln2.weight": (128,),
-    "ln2.bias": (128,),
-    "mlp.fc1.weight": (256, 128),
-    "mlp.fc1.bias": (256,),
-    "mlp.fc2.weight": (128, 256),
-    "mlp.fc2.bias": (128,),
-}
-FORMAT = {
-    "vis_enc.proj.weight": (128, 64),
-    "vis_enc.proj.bias": (128,),
-    "tok_emb.weight": (2048, 128),
-    "pos_emb.weight": (64, 128),
-    "ln_f.weight": (128,),
-    "ln_f.bias": (128,),
-    "lm_head.weight": (2048, 128),
-}
-for name, channels_in, channels_out in CONV:
-    FORMAT[f"vis_enc.{name}.0.weight"] = (channels_out, channels_in, 3, 3)
-    FORMAT[f"vis_enc.{name}.0.bias"] = (channels_out,)
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        FORMAT[f"vis_enc.{name}.1.{part}"] = (channels_out,)
-    FORMAT[f"vis_enc.{name}.1.num_batches_tracked"] = ()
-for n in range(3):
-    FORMAT |= {f"blocks.{n}.{key}": shape for key, shape in BLOCK.items()}
+
+def test_the_published_format(nb):
+    model = nb.MiniVLM(nb.Config())
+    assert sum(p.numel() for p in model.parameters()) == 698_624
+    keys = {"tok_emb.weight", "pos_emb.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight"}
+    parts = [f"ln{n}.{x}" for n in (1, 2) for x in ("weight", "bias")]
+    parts += ["attn.qkv.weight", "attn.proj.weight"]
+    parts += [f"mlp.fc{n}.{x}" for n in (1, 2) for x in ("weight", "bias")]
+    keys |= {f"blocks.{n}.{part}" for n in range(3) for part in parts}
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    for n in (1, 2, 3):
+        keys |= {f"vis_enc.conv{n}.0.{x}" for x in ("weight", "bias")}
+        keys |= {f"vis_enc.conv{n}.1.{x}" for x in norm}
+    keys |= {"vis_enc.proj.weight", "vis_enc.proj.bias"}
+    assert model.state_dict().keys() == keys
+    assert model.lm_head.weight is model.tok_emb.weight
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes["pos_emb.weight"] == (64, 128) and shapes["blocks.2.mlp.fc1.weight"] == (256, 128)
+    assert shapes["vis_enc.conv3.0.weight"] == (64, 32, 3, 3)
 
 
-@pytest.fixture(scope="module")
-def model(nb):
-    """The model in its published shape, in eval mode."""
+def test_a_convolution_is_normalised_and_then_cut_at_zero(nb):
+    block, x = nb.conv_block(3, 5), torch.randn(4, 3, 8, 8)
+    y = block[0](x)
+    assert y.shape == (4, 5, 4, 4) and (block[0].stride, block[0].kernel_size) == ((2, 2), (3, 3))
+    mean, var = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), unbiased=False, keepdim=True)
+    torch.testing.assert_close(block(x), ((y - mean) / (var + 1e-5).sqrt()).clamp(min=0))
+
+
+@pytest.mark.parametrize("rows, T", [(1, 1), (3, 5), (2, 8)])
+def test_logits_have_a_row_for_each_position(make, img, rows, T):
+    model, ids = make(), torch.randint(3, 20, (rows, T))
+    x = model.vis_enc(img[:rows])
+    assert x.shape == (rows, 4, 16)
+    assert model(x, ids).shape == (rows, 4 + T, 20)
+    torch.testing.assert_close(model.text_logits(x, ids), model(x, ids)[:, 4:])
+
+
+def test_visual_tokens_run_over_the_grid_row_by_row(make, img):
+    model = make()
+    with torch.no_grad():
+        before = model.vis_enc(img[:1])
+        for number, (y, x) in enumerate([(0, 0), (0, 15), (15, 0), (15, 15)]):
+            changed = img[:1].clone()
+            changed[0, :, y, x] += 3
+            different = (model.vis_enc(changed) != before).any(-1)[0]
+            assert different.tolist() == [n == number for n in range(4)]
+
+
+def test_normalise_is_imagenets_and_pictures_are_bytes(nb, pictures):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    by_hand = (pictures / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(nb.normalise(pictures), by_hand)
+    torch.testing.assert_close(nb.as_input(pictures), by_hand)
+    with pytest.raises(TypeError, match="float32.*uint8"):
+        nb.as_input(pictures / 1.0)
+    features = torch.randn(2, 49, 8)
+    assert nb.as_input(features) is features
+
+
+def test_transform_squashes_the_published_way(nb, pictures):
+    image = nb.Image.fromarray(pictures[0].permute(1, 2, 0).numpy()).resize((40, 16))
+    out = nb.make_transform(16)(image)
+    assert out.shape == (3, 16, 16) and out.dtype == torch.float32
+    assert nb.transform(image).shape == (3, 112, 112)
+    small = nb.v2.functional.resize(image, [16, 16], antialias=True)
+    expected = nb.normalise(nb.v2.functional.pil_to_tensor(small))
+    torch.testing.assert_close(out, expected)
+
+
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("Q, S", [(5, 5), (1, 5), (1, 1)])
+def test_attention_by_a_loop(nb, Q, S):
+    q, k, v = torch.randn(2, 3, Q, 4), torch.randn(2, 3, S, 4), torch.randn(2, 3, S, 4)
+    expected = torch.zeros(2, 3, Q, 4)
+    for b in range(2):
+        for head in range(3):
+            for i in range(Q):
+                sees = S - Q + i + 1
+                scores = [q[b, head, i] @ k[b, head, j] / 2.0 for j in range(sees)]
+                weights = torch.stack(scores).softmax(0)
+                expected[b, head, i] = sum(w * v[b, head, j] for j, w in enumerate(weights))
+    torch.testing.assert_close(nb.attention(q, k, v), expected)
+    torch.testing.assert_close(nb.fast_attention(q, k, v), expected)
+    fused = nb.fast_attention(*(x.as_subclass(OnAGpu) for x in (q, k, v)))
+    torch.testing.assert_close(fused.as_subclass(torch.Tensor), expected)
+
+
+def test_attention_with_a_mask(nb):
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]]).bool()
+    y = nb.attention(q, k, v, mask)
+    assert torch.equal(y[:, :, 1], v[:, :, 3]) and torch.equal(y[:, :, 3], v[:, :, 1])
+    fused = nb.fast_attention(*(x.as_subclass(OnAGpu) for x in (q, k, v)), mask)
+    torch.testing.assert_close(fused.as_subclass(torch.Tensor), y)
+
+
+def test_block_is_pre_norm_with_residuals_and_the_exact_gelu(nb, make):
+    model = make()
+    block, x = model.blocks[0], torch.randn(2, 5, 16)
+    q, k, v = block.attn.qkv(F.layer_norm(x, (16,))).split(16, -1)
+    heads = [nb.attention(*(t[..., n * 8 : n * 8 + 8] for t in (q, k, v))) for n in (0, 1)]
+    y = x + block.attn.proj(torch.cat(heads, -1))
+    h = block.mlp.fc1(F.layer_norm(y, (16,)))
+    expected = y + block.mlp.fc2(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    assert not torch.allclose(block(x, mask=mask)[:, 0], expected[:, 0])
+
+
+def test_nothing_looks_ahead(make, img):
+    model, ids = make(), torch.randint(3, 20, (1, 6))
+    x = model.vis_enc(img[:1]).detach().requires_grad_()
+    logits = model(x, ids)
+    for position in range(10):
+        reached = torch.autograd.grad(logits[0, position].sum(), x, retain_graph=True)[0]
+        assert (reached[0].abs().sum(-1) > 0).tolist() == [n <= position for n in range(4)]
+    for t in range(6):
+        other = ids.clone()
+        other[0, t] = (ids[0, t] + 1) % 17 + 3
+        changed = (model(x, other) - logits).abs()[0].amax(-1)
+        assert (changed[: 4 + t] == 0).all() and (changed[4 + t :] > 1e-4).all()
+
+
+def test_positions_count_pictures_first(make, img):
+    """Position 4 is the first word's; what the model writes depends on it."""
+    model, ids = make(), torch.randint(3, 20, (1, 3))
+    x = model.vis_enc(img[:1])
+    before = model(x, ids)
+    with torch.no_grad():
+        model.pos_emb.weight[5, :8] += 1
+    changed = (model(x, ids) - before).abs()[0].amax(-1) > 1e-4
+    assert changed.tolist() == [False] * 5 + [True] * 2
+
+
+def test_cached_hidden_states_equal_plain_ones(nb, make, img):
+    model, ids = make(), torch.randint(3, 20, (6, 8))
+    with torch.no_grad():
+        x = model.vis_enc(img)
+        plain, caches = model.hidden_states(x, ids), [nb.LayerCache() for _ in model.blocks]
+        first = model.hidden_states(x, ids[:, :3], caches)
+        torch.testing.assert_close(first, plain[:, :7])
+        for t in range(3, 8):
+            step = model.hidden_states(x, ids[:, t : t + 1], caches)
+            torch.testing.assert_close(step, plain[:, 4 + t : 5 + t])
+        assert len(caches[0]) == 12
+        for cache in caches:
+            cache.select(torch.tensor([5, 0, 0]))
+        assert torch.equal(caches[1].keys[1], caches[1].keys[2]) and len(caches[1].values) == 3
+
+
+def test_another_eye(nb, tiny, make, img):
+    class Eye(nb.nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2, 3))[:, None, None].expand(-1, 4, 16)
+
+    model = nb.MiniVLM(tiny, Eye())
+    assert not [key for key in model.state_dict() if "vis_enc" in key]
+    assert model(model.vis_enc(img), torch.ones(6, 1, dtype=torch.int64)).shape == (6, 5, 20)
+
+
+def test_how_the_weights_start(nb):
     torch.manual_seed(0)
-    return nb.MiniVLM(nb.Config()).eval()
+    model = nb.MiniVLM(nb.Config())
+    for name, parameter in model.named_parameters():
+        if "ln" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif "vis_enc" in name:
+            continue
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+    eye = model.vis_enc.proj.weight.abs().max().item()  # PyTorch's own start
+    assert eye == pytest.approx(1 / math.sqrt(64), rel=0.02)
 
 
-@pytest.fixture(scope="module")
-def pictures(nb):
-    """Five random pictures, normalised."""
-    generator = torch.Generator().manual_seed(1)
-    return nb.normalise(torch.randint(0, 256, (5, 3, 112, 112), generator=generator))
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"D_MODEL": 0}, {"D_MODEL": "128"}, {"D_MODEL": 128.0}, {"N_LAYERS": True},
+        {"D_MODEL": 10**9}, {"N_LAYERS": 10**9}, {"N_LAYERS": 101}, {"IMG_SIZE": 20_000},
+        {"VOCAB_SIZE": 5_000_000}, {"N_HEADS": 3}, {"N_VIS": 15}, {"bos_token_id": 2},
+        {"eos_token_id": 1}, {"MAX_SEQ": None}, {"D_FF": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_config_names_key_and_value(nb, how):
+    ((key, value),) = how.items()
+    with pytest.raises(ValueError, match=rf"{key}.*{value}" if "token" not in key else key):
+        nb.Config(**how)
 
 
-def randint(low, high, size):
-    return torch.randint(low, high, size, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"lr": True}, {"lr": 0.1, "min_lr": 0.2}, {"lr": float("nan")}, {"min_lr": float("nan")},
+        {"seed": 2**70}, {"seed": -1}, {"seed": 1.0}, {"epochs": 1.5}, {"epochs": -1},
+        {"batch_size": 0}, {"captions_per_view": 0}, {"captions_per_view": 3, "batch_size": 2},
+        {"crop": 0}, {"crop": 1.1}, {"flip": -0.1}, {"flip": "no"}, {"jitter": 2},
+        {"ema": 1.1}, {"grad_clip": 0}, {"label_smoothing": float("inf")}, {"naming": None},
+        {"scst_lr": -1}, {"weight_decay": "0.01"}, {"warmup": 1e3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_recipe_names_key_and_value(nb, how):
+    with pytest.raises(ValueError, match=next(iter(how))):
+        nb.Recipe(**how)
 
 
-# The published shape
-
-
-def test_state_dict_is_the_published_format(model):
-    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == FORMAT
-
-
-def test_parameter_counts(nb, model):
-    distinct = {p.data_ptr(): p.numel() for p in model.parameters()}
-    assert sum(distinct.values()) == 698_624
-    buffers = {name for name, _ in model.named_buffers()}
-    every = [v.numel() for k, v in model.state_dict(keep_vars=True).items() if k not in buffers]
-    assert sum(every) == 960_768  # lm_head.weight and tok_emb.weight both
-    parts = nb.count_parameters(model)
-    assert parts.total() == 698_624
-    assert parts["tok_emb"] == 262_144
-    assert parts["lm_head"] == 0
-
-
-def test_defaults_are_the_published_numbers(nb):
-    assert nb.Config().model_dict() == {
+def test_the_published_shape(nb):
+    assert nb.asdict(nb.Config()) == {
         "D_MODEL": 128, "N_HEADS": 4, "N_LAYERS": 3, "D_FF": 256, "VIS_CH": 64, "N_VIS": 16,
         "VOCAB_SIZE": 2048, "MAX_SEQ": 48, "IMG_SIZE": 112, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    assert nb.PAD == 0
+    assert nb.RECIPES["nano"] == nb.Recipe()
 
 
-def test_layers_are_the_published_ones(model):
-    for name, *_ in CONV:
-        conv, norm, relu = getattr(model.vis_enc, name)
-        assert (conv.stride, conv.padding) == ((2, 2), (1, 1))
-        assert isinstance(norm, torch.nn.BatchNorm2d)
-        assert isinstance(relu, torch.nn.ReLU)
-    assert len(model.blocks) == 3
-    assert all(block.attn.n_heads == 4 for block in model.blocks)
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_only_where_a_gpu_has_it(nb, monkeypatch, native):
+    """A T4 says that it supports bfloat16, and emulates it."""
+    asked = {}
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )  # fmt: skip
+    expected = torch.bfloat16 if native else torch.float16
+    assert nb.pick_precision(torch.device("cuda")) == expected and not asked
+    assert nb.pick_precision(torch.device("mps")) == torch.float32
+    assert nb.pick_precision(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("T", [1, 20, 48])
-def test_logits_have_a_row_for_each_position(model, pictures, B, T):
-    with torch.no_grad():
-        img_tokens = model.vis_enc(pictures[:B])
-        logits = model(img_tokens, randint(0, 2048, (B, T)))
-    assert img_tokens.shape == (B, 16, 128)
-    assert logits.shape == (B, 16 + T, 2048)
-    assert logits.isfinite().all()
-
-
-def test_a_49th_token_has_no_position(model, pictures):
-    with torch.no_grad(), pytest.raises(IndexError):
-        model(model.vis_enc(pictures[:1]), randint(0, 2048, (1, 49)))
-
-
-def test_visual_tokens_run_over_the_grid_row_by_row(model, pictures):
-    """Change one corner of the picture: only the tokens of cells near it change."""
-    changed = pictures[:1].clone()
-    changed[:, :, :20, -20:] = 0  # the top right corner: cell 3
-    with torch.no_grad():
-        moved = (model.vis_enc(pictures[:1]) - model.vis_enc(changed)).abs().amax(-1)[0]
-    assert moved.argmax() == 3
-    assert not moved[[0, 1, 4, 8, 12, 13, 14, 15]].any()
-
-
-def test_normalise_is_imagenets(nb):
-    white = nb.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
-    expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    torch.testing.assert_close(white[0, :, 0, 0], torch.tensor(expected))
-
-
-def test_mlp_uses_the_exact_gelu(nb):
-    mlp = nb.MLP(nb.Config(D_MODEL=4, D_FF=4)).double()
-    for layer in (mlp.fc1, mlp.fc2):
-        torch.nn.init.eye_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-    x = torch.linspace(-4, 4, 100, dtype=torch.float64).view(25, 4)
-    with torch.no_grad():
-        y = mlp(x)
-    torch.testing.assert_close(y, 0.5 * x * (1 + torch.erf(x / math.sqrt(2))))
-    assert (y - F.gelu(x, approximate="tanh")).abs().max() > 1e-4  # so the test can tell them apart
-
-
-def test_block_is_pre_norm_with_residuals(nb, model):
-    x = torch.randn(2, 6, 128)
-    block = model.blocks[0]
-    with torch.no_grad():
-        middle = x + block.attn(F.layer_norm(x, (128,), block.ln1.weight, block.ln1.bias))
-        expected = middle + block.mlp(
-            F.layer_norm(middle, (128,), block.ln2.weight, block.ln2.bias)
-        )
-        torch.testing.assert_close(block(x), expected)
-
-
-# Attention
-
-
-@pytest.mark.parametrize("shape", ["causal", "cached", "by_row"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fused_attention_equals_plain(nb, shape, dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    T, S = (3, 9) if shape == "cached" else (9, 9)
-    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    if shape == "by_row":
-        mask = mask & (torch.rand(2, 1, T, S) < 0.5) | torch.eye(9, dtype=torch.bool)
-    q = torch.randn(2, 4, T, 32, dtype=dtype, device=device)
-    k, v = torch.randn(2, 2, 4, S, 32, dtype=dtype, device=device)
-    mask = mask.to(device)
-    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    plain = nb.plain_attention(q, k, v, mask)
-    assert plain.dtype == nb.attention(q, k, v, mask).dtype == dtype
-    close = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    )
-    torch.testing.assert_close(plain, fused, **close)
-    torch.testing.assert_close(nb.attention(q, k, v, mask), fused, **close)
-
-
-def test_attention_by_a_loop(nb):
-    """Against the definition, one head and one query at a time."""
-    layer = nb.CausalSelfAttention(nb.Config(D_MODEL=12, N_HEADS=3)).double()
-    x = torch.randn(1, 5, 12, dtype=torch.float64)
-    with torch.no_grad():
-        q, k, v = (x[0] @ layer.qkv.weight.T).split(12, dim=1)
-        rows = []
-        for t in range(5):
-            heads = []
-            for h in range(3):
-                part = slice(4 * h, 4 * h + 4)
-                shares = torch.stack([q[t, part] @ k[s, part] / 2 for s in range(t + 1)]).softmax(0)
-                heads.append(sum(share * v[s, part] for s, share in enumerate(shares)))
-            rows.append(torch.cat(heads) @ layer.proj.weight.T)
-        torch.testing.assert_close(layer(x)[0], torch.stack(rows))
-
-
-@pytest.mark.parametrize("position", [0, 1, 7, 15])
-def test_attention_does_not_look_ahead(nb, model, position):
-    x = torch.randn(2, 16, 128)
-    changed = x.clone()
-    changed[:, position] += 1
-    with torch.no_grad():
-        moved = (model.blocks[0].attn(x) - model.blocks[0].attn(changed)).abs().amax((0, 2))
-    assert not moved[:position].any()
-    assert moved[position:].all()
-
-
-@pytest.mark.parametrize("position", [0, 5, 15])
-def test_a_later_visual_token_changes_no_earlier_logits(model, pictures, position):
-    with torch.no_grad():
-        img_tokens = model.vis_enc(pictures)
-        ids = randint(3, 2048, (5, 10))
-        changed = img_tokens.clone()
-        changed[:, position] += 1
-        moved = (model(img_tokens, ids) - model(changed, ids)).abs().amax((0, 2))
-    assert not moved[:position].any()
-    assert moved[position:].all()
-
-
-@pytest.mark.parametrize("position", [0, 4, 47])
-def test_a_later_word_changes_no_earlier_logits(model, pictures, position):
-    with torch.no_grad():
-        img_tokens = model.vis_enc(pictures)
-        ids = randint(3, 2048, (5, 48))
-        changed = ids.clone()
-        changed[:, position] = (changed[:, position] + 1) % 2048
-        moved = (model(img_tokens, ids) - model(img_tokens, changed)).abs().amax((0, 2))
-    assert not moved[: 16 + position].any()
-    assert moved[16 + position :].all()
-
-
-def test_gradients_do_not_flow_back_from_the_past(model):
-    """What position 20 says depends on inputs 0 to 20, and on no other."""
-    x = torch.randn(1, 30, 128, requires_grad=True)
-    (model.transform(x)[0, 20] @ torch.randn(128)).backward()
-    reached = x.grad[0].abs().amax(-1) > 0
-    assert reached.tolist() == [t <= 20 for t in range(30)]
-
-
-# Packed captions
-
-
-def packed_losses(nb, model, pictures, groups):
-    """The loss of each token, as a list of lists for each picture."""
-    packed = nb.pack_captions(groups, model.cfg.N_VIS)
-    losses = nb.CaptionLoss(model)(pictures, packed)
-    return [
-        [losses[row][packed.caption[row] == k] for k in range(len(group))]
-        for row, group in enumerate(groups)
-    ]
-
-
-def test_packed_captions_do_not_see_each_other(nb, tiny):
-    torch.manual_seed(0)
-    model = nb.MiniVLM(tiny).eval()
-    picture = torch.randint(0, 256, (1, 3, 16, 16))
-    captions = [[1, 5, 6, 7, 2], [1, 8, 9, 2], [1, 10, 11, 12, 13, 2]]
-    with torch.no_grad():
-        before = packed_losses(nb, model, picture, [captions])[0]
-        for changed in range(3):
-            other = [list(ids) for ids in captions]
-            other[changed][1] = 19
-            after = packed_losses(nb, model, picture, [other])[0]
-            for k in range(3):
-                assert torch.equal(before[k], after[k]) == (k != changed)
-        elsewhere = packed_losses(nb, model, 255 - picture, [captions])[0]
-        assert all((a != b).all() for a, b in zip(before, elsewhere))  # all see the picture
-
-
-def test_pack_captions_by_hand(nb):
-    packed = nb.pack_captions([[[1, 5, 6, 2], [1, 7, 2]], [[1, 8, 2]]], n_vis=4)
-    assert packed.inputs.tolist() == [[1, 5, 6, 1, 7, 0, 0, 0], [1, 8, 0, 0, 0, 0, 0, 0]]
-    assert packed.targets.tolist() == [[5, 6, 2, 7, 2, 0, 0, 0], [8, 2, 0, 0, 0, 0, 0, 0]]
-    assert packed.positions[0, :9].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]
-    assert packed.positions[1, :6].tolist() == [0, 1, 2, 3, 4, 5]
-    assert packed.caption.tolist() == [[0, 0, 0, 1, 1, -1, -1, -1], [0, 0] + [-1] * 6]
-
-
-def test_packed_mask_by_hand(nb):
-    mask = nb.packed_mask(torch.tensor([[0, 0, 1, -1]]), n_vis=2)
-    assert mask.shape == (1, 1, 6, 6)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],  # a new caption: the picture and itself
-        [1, 1, 0, 0, 0, 1],  # padding: something, or softmax would divide by zero
-    ]
-
-
-# How it starts
-
-
-def test_gpt2_start_is_small_and_leaves_the_encoder_alone(nb):
-    cfg = nb.Config(init="gpt2")
-    torch.manual_seed(0)
-    plain = nb.MiniVLM(cfg)
-    torch.manual_seed(0)
-    model = nb.init_weights(nb.MiniVLM(cfg), cfg)
-    assert model.lm_head.weight is model.tok_emb.weight
-    for name, parameter in model.named_parameters():
-        if name.startswith("vis_enc"):
-            assert torch.equal(parameter, plain.get_parameter(name))
-        elif parameter.ndim > 1:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
-
-
-def test_pytorch_start_is_left_alone(nb):
-    cfg = nb.Config(init="pytorch")
-    model = nb.MiniVLM(cfg)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    nb.init_weights(model, cfg)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_the_right_share_and_keeps_the_mean(nb, p):
-    torch.manual_seed(0)
-    drop, x = nb.Dropout(p), torch.ones(100_000)
-    y = drop(x)
-    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
-    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.01)
-    assert torch.equal(drop.eval()(x), x)
+def test_the_device(nb, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert nb.pick_device() == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert nb.pick_device() == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert nb.pick_device() == torch.device("cpu")

@@ -1,0 +1,283 @@
+"""Do the tests see a mistake? Makes many, one at a time, and counts those that a test fails on.
+
+    python tests/mutate.py [PART OF A MUTATION] [--list]
+
+Not run by pytest. Each mutation replaces text in the component cells of a copy of the notebook; then
+the tests of that section run on the copy, until the first failure. Prints those that survive.
+"""
+
+# ruff: noqa: E501
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOK = Path(os.environ.get("SUPRAVL_NOTEBOOK") or HERE.parent / "SupraVL_Nano.ipynb")
+SECONDS = 400  # a run that takes longer hangs: that is noticed, too
+
+MUTATIONS = {
+    "test_model": [
+        ('"N_LAYERS": 100, ', ""),
+        ("self.D_MODEL % self.N_HEADS", "self.D_MODEL < self.N_HEADS"),
+        ("type(value) in (int, kind)", "isinstance(value, (int, float))"),
+        ('"min_lr": self.lr, ', ""),
+        ("is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
+        ('os.environ.get("LOCAL_RANK", 0)', "0"),
+        ("stride=2, padding=1", "stride=2, padding=0"),
+        ("nn.BatchNorm2d(channels_out),\n        nn.ReLU(),", "nn.BatchNorm2d(channels_out),"),
+        ("x = x.flatten(2).transpose(1, 2)", "x = x.transpose(2, 3).flatten(2).transpose(1, 2)"),
+        ("[0.229, 0.224, 0.225]", "[0.229, 0.224, 0.229]"),
+        ("if images.dim() == 4 and images.shape[1] == 3:", "if False:"),
+        (".tril(S - Q)", ".tril()"),
+        ("/ math.sqrt(q.shape[-1])", "/ math.sqrt(k.shape[-2])"),
+        ("scores.masked_fill(~mask", "scores.masked_fill(mask"),
+        ("mask is None and q.shape[-2] > 1", "q.shape[-2] > 1"),
+        ("F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")'),
+        ("x = x + self.attn(self.ln1(x), cache, mask)", "x = self.attn(self.ln1(x), cache, mask)"),
+        ("x + self.mlp(self.ln2(x))", "self.ln2(x + self.mlp(x))"),
+        ("self.attn(self.ln1(x), cache, mask)", "self.attn(self.ln1(x), cache)"),
+        ("self.lm_head.weight = self.tok_emb.weight", "pass"),
+        ("self.pos_emb.weight[past : past", "self.pos_emb.weight[0 : 0"),
+        ("std=0.02", "std=0.2"),
+        ("return self.ln_f(x)", "return x"),
+        ("torch.cat([img_tokens, x.to(img_tokens.dtype)], dim=1)",
+         "torch.cat([x.to(img_tokens.dtype), img_tokens], dim=1)"),
+    ],
+    "test_data": [
+        ("formats=FORMATS", "formats=None"),
+        ("if image.width * image.height > Image.MAX_IMAGE_PIXELS:", "if False:"),
+        ("image = ImageOps.exif_transpose(image)", "pass"),
+        ('(65535,) if "16" in image.mode else ', ""),
+        ("not Path(source).is_file()", "not Path(source).exists()"),
+        ('"RGBA", image.size, "white"', '"RGBA", image.size, "black"'),
+        ('encoding="utf-8-sig"', 'encoding="utf-8"'),
+        ("strict=True", "strict=False"),
+        ("csv.field_size_limit(2**30)", "pass"),
+        ('re.sub(r"#\\d+$", "", name.strip())', "name.strip()"),
+        ("if len(caption.strip()) > 1:", "if caption.strip():"),
+        ("dict.fromkeys(file.read_text().split())", "file.read_text().split()"),
+        ("        if twice:\n", "        if False:\n"),
+        ("sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())", "sorted(names)"),
+        ("os.fsync(file.fileno())", "pass"),
+        ("images[i] for i in kept]", "images[i] for i in reversed(kept)]"),
+        ("    except Exception:  # not there yet, or broken", "    except FileNotFoundError:"),
+        ("(stat.st_size, stat.st_mtime_ns)", "0"),
+        ("repr((size, chosen,", "repr((chosen,"),
+        ('r"\\.part(/|$)|__MACOSX"', 'r"__MACOSX"'),
+        ("[captions[n] for n in kept]", "[captions[n] for n in chosen]"),
+        ("len(lost) > len(wanted) / 10", "len(lost) > len(wanted) / 2"),
+        ("standard and not lost", "standard"),
+        ("archive.infolist()) > 2e9", "archive.infolist()) > 4e9"),
+        ("shutil.rmtree(part, ignore_errors=True)", "pass"),
+        ('for left in folder.glob("*.partial"):', "for left in ():"),
+        ("        if not source:\n            file.unlink()", "        file.unlink()"),
+        ("zipfile.zlib.error, RuntimeError, ", "zipfile.zlib.error, "),
+        ('return "flickr8k" if splits["test"].standard else "own", splits', 'return "flickr8k", splits'),
+        ('lists = fetch(home / "flickr8k", ["Flickr8k_text"]) / "Flickr8k_text"', "lists = None"),
+        ("fontsize=9, parse_math=False)\n    show(figure)", "fontsize=9)\n    show(figure)"),
+    ],
+    "test_tokenizer": [
+        ("tokenizer.encode_special_tokens = True  # cuts", "pass  # cuts"),
+        ("[BOS, *next(encodings).ids, EOS][:max_seq]", "[BOS, *next(encodings).ids][: max_seq - 1] + [EOS]"),
+        ("normalizers.Lowercase()", "normalizers.NFKC()"),
+        ("initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),", ""),
+        ("step = 2 if tuple", "step = 1 if tuple"),
+        ("pairs[pair] += counts[word]", "pairs[pair] += 1"),
+    ],
+    "test_training": [
+        ("self.augment(self.images[picture])", "self.images[picture]"),
+        ("if len(images) != len(token_ids):", "if False:"),
+        ("owner = [i for i, own in enumerate(captions) for _ in own]",
+         "owner = [0 for i, own in enumerate(captions) for _ in own]"),
+        ("-(ids.shape[1] - 1) % 8", "0"),
+        ("np.random.default_rng([self.seed, self.epoch])", "np.random.default_rng(self.seed)"),
+        ("np.random.default_rng([self.seed, self.epoch])", "np.random.default_rng(self.epoch)"),
+        ("order = rng.permutation(len(own)).tolist()", "order = list(range(len(own)))[:-1]"),
+        ('part = part[longest[part].argsort(kind="stable")]', "pass"),
+        ("for i in rng.permutation(len(batches)):", "for i in range(len(batches)):"),
+        ("v2.RandomHorizontalFlip(recipe.flip)", "v2.RandomHorizontalFlip(0.5)"),
+        ("(recipe.crop**2, 1)", "(recipe.crop, 1)"),
+        ("v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter)", "v2.ColorJitter(recipe.jitter)"),
+        ("n < len(captions) / 2", "n < len(captions)"),
+        ("/ len(own) for word in words", "/ 5 for word in words"),
+        ('{"ignore_index": PAD, "label_smoothing"', '{"label_smoothing"'),
+        ('"label_smoothing": self.label_smoothing}', '"label_smoothing": 0.0}'),
+        ("logits(img_tokens[owner], ids[:, :-1])", "logits(img_tokens[owner.flip(0)], ids[:, :-1])"),
+        ("wrong.sum(-1).mean()", "wrong.mean()"),
+        ("img_tokens.amax(1)]", "img_tokens.amin(1)]"),
+        ("total // 4", "total"),
+        ("recipe.lr * (step + 1) / warmup", "recipe.lr * step / warmup"),
+        ("progress = (step - warmup)", "progress = (step + 1 - warmup)"),
+        ("learning_rate(step, steps, recipe)", "learning_rate(max(0, step - 1), steps, recipe)"),
+        ("torch.clamp((1 + steps) / (10 + steps), max=decay)", "decay"),
+        ("multi_avg_fn=moving_average(recipe.ema), use_buffers=True", "multi_avg_fn=moving_average(recipe.ema)"),
+        ('"optimizer": optimizer, "scaler": scaler}', '"optimizer": optimizer}'),
+        ('"averaged": averaged, "optimizer": optimizer, "scaler"', '"optimizer": optimizer, "scaler"'),
+        ("            scaler.unscale_(optimizer)", "            pass"),
+        ("nn.utils.clip_grad_norm_(loss_of.parameters(), recipe.grad_clip)", "pass"),
+        ("            scaler.update()\n", ""),
+        ("            optimizer.zero_grad()\n            averaged.update_parameters(model)\n            losses",
+         "            averaged.update_parameters(model)\n            losses"),
+        ("torch.manual_seed(recipe.seed + 1000 * epoch)  #", "pass  #"),
+        ("loader.batch_sampler.epoch = epoch", "pass"),
+        ("        loss_of.train()\n", ""),
+        ("validate(averaged.module)", "validate(model)"),
+        ("return averaged.module.eval(), history", "return model.eval(), history"),
+        ("if not math.isfinite(row", "if math.isnan(row"),
+        ("zipfile.ZipFile(path).testzip()", "False"),
+        ("weights_only=True)\n        for name, part", "weights_only=False)\n        for name, part"),
+        ('.partition(". ")[0]', ""),
+        ("        save_checkpoint(path, parts, [])", "        pass"),
+        ("repr(made_from)", "repr(made_from[:1])"),
+        ("total += tokens * loss_of", "total += loss_of"),
+        ("CaptionLoss(model.eval())", "CaptionLoss(model)"),
+        ('"betas": (0.9, 0.95), "weight_decay": recipe.weight_decay, "fused"', '"betas": (0.9, 0.95), "fused"'),
+    ],
+    "test_decoding": [
+        ("self.keys, self.values = self.keys[rows], self.values[rows]", "self.keys = self.keys[rows]"),
+        ("(values / temperature)", "values"),
+        ("[:, 0].masked_fill(done, PAD)", "[:, 0]"),
+        ("top_k or logits.shape[1], logits.shape[1]", "logits.shape[1], logits.shape[1]"),
+        ("generator=generator) if top_k != 1", ") if top_k != 1"),
+        ('gains.masked_fill(done[:, :, None], float("-inf"))', "gains"),
+        ("torch.where(done, 0.0, gains[:, :, PAD])", "0.0"),
+        ("img_tokens = img_tokens[rows]", "img_tokens = img_tokens[: len(rows)]"),
+        ("            cache.select(rows)", "            pass"),
+        ("done = done[first, parent] |", "done ="),
+        ("scores / length**length_penalty", "scores"),
+        ("length = (ids[:, :, 1:] != PAD)", "length = (ids[:, :, 1:] != EOS)"),
+        ("key=lambda beam: -beam[0])[:beam_width]", "key=lambda beam: -beam[0])[: beam_width + 1]"),
+        ("model.eval().vis_enc", "model.vis_enc"),
+        ("        model.train(training)", "        pass"),
+        (".split(128)", ".split(1280)"),
+        ("img.shape[1:] != (3, size, size)", "img.dim() != 4"),
+        ("not img.is_floating_point() or ", ""),
+        ("not (img.abs() < 10).all()", "(img.abs() > 10).any()"),
+        ("type(max_new) is not int or max_new < 1 or", "max_new < 0 or"),
+        ("not 0 <= length_penalty < math.inf", "length_penalty < 0"),
+        ("not 0 < temperature < math.inf", "temperature <= 0"),
+        ("type(beam_width) is not int or ", ""),
+        ("make_transform(self.cfg.IMG_SIZE)(open_picture", "transform(open_picture"),
+    ],
+    "test_save": [
+        ('    (folder / "config.json").unlink(missing_ok=True)', "    pass"),
+        ("low = 0 if key.endswith", "low = -math.inf if key.endswith"),
+        ("value.isfinite() & (value >= low)", "value >= low"),
+        ("value.is_floating_point() == key.endswith(\"num_batches_tracked\")", "False"),
+        ("if expected.get(key) != found.get(key):", "if key not in found:"),
+        ('    with torch.device("meta"):\n', "    if True:\n"),
+        ("if not torch.equal(weights.pop(", "if weights.pop(\"x\", None) and torch.equal(weights.pop("),
+        ('if values.get("variant") != cls.variant:', "if False:"),
+        ('config |= {"variant": self.variant} if self.variant else {}', "pass"),
+        ("special != [PAD, BOS, EOS] or ", ""),
+        ("tokenizer.get_vocab_size() > cfg.VOCAB_SIZE", "False"),
+        ("    tokenizer.encode_special_tokens = True\n    model", "    model"),
+        ("return model.to(device).eval()", "return model.to(device)"),
+        ("revision=revision, allow_patterns=names", "allow_patterns=names"),
+        ("exist_ok=True)\n        return HfApi", "exist_ok=False)\n        return HfApi"),
+    ],
+    "test_scst": [
+        ("max_new=24, temperature=temperature", "max_new=24"),
+        ("numbers.repeat_interleave(per_image).tolist()", "numbers.repeat(per_image).tolist()"),
+        ("/ (scores.shape[1] - 1)", "/ scores.shape[1]"),
+        (".clamp(min=0.01)", ""),
+        ('self.temperature, self.human = temperature, human', "self.temperature, self.human = 0.5, human"),
+        ('how = {"temperature": self.temperature}', "how = {}"),
+        ("logits[: len(own)] / self.temperature", "logits[: len(own)]"),
+        ("self.human * len(images) / len(ids)", "self.human"),
+        ("return super().train(False)", "return super().train(mode)"),
+        ("torch.cat([whose, owner])", "torch.cat([whose, owner.flip(0)])"),
+        ("self.model, img_tokens, labels[:, 0], self.cider", "self.model, img_tokens, labels[:, 0] * 0, self.cider"),
+        ("lr=recipe.scst_lr, ", ""),
+        ("min_lr=0, warmup=20", "min_lr=recipe.scst_lr, warmup=20"),
+        ("ema=0.99,\n", "ema=0.0,\n"),
+        ("copy.deepcopy(model), captions", "model, captions"),
+        ("recipe, device, numbers)", "replace(recipe, flip=0), device, numbers)"),
+        ("torch.arange(len(images))[:, None]", "torch.zeros(len(images), 1).long()"),
+        ("precision, checkpoint, report)", "precision, None, report)"),
+    ],
+}  # fmt: skip
+
+
+def mutants():
+    """(tests, old, new, the notebook with it as text)."""
+    original = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    for tests, pairs in MUTATIONS.items():
+        for old, new in pairs:
+            notebook, found = json.loads(json.dumps(original)), 0
+            for cell in notebook["cells"]:
+                source = "".join(cell["source"])
+                if "component" in cell["metadata"].get("tags", []) and old in source:
+                    if not found:
+                        cell["source"] = source.replace(old, new)
+                    found += 1
+            yield tests, old, new, json.dumps(notebook) if found else None
+
+
+def run(tests, text):
+    """Whether the tests pass on a notebook, in a fork: what is imported is imported once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mutant.ipynb"
+        path.write_text(text, encoding="utf-8")
+        child = os.fork()
+        if not child:
+            os.setsid()
+            os.environ["SUPRAVL_NOTEBOOK"] = str(path)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+            os.chdir(HERE.parent)
+            how = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", f"{folder}/t"]
+            os._exit(pytest.main([*how, f"tests/{tests}.py"]))
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status == 0
+            time.sleep(0.1)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    import huggingface_hub  # noqa: F401
+    import IPython.display  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import pytest
+    import safetensors.torch  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch  # noqa: F401
+    import torchvision.transforms.v2  # noqa: F401
+
+    wanted = [word for word in sys.argv[1:] if word != "--list"]
+    killed, survivors, absent = 0, [], 0
+    if "--list" not in sys.argv:  # else every mutation would seem to be noticed
+        failing = [
+            tests for tests in MUTATIONS if not run(tests, NOTEBOOK.read_text(encoding="utf-8"))
+        ]
+        assert not failing, f"{failing} fail without any mutation"
+    for tests, old, new, text in mutants():
+        name = f"{tests}: {old[:60]!r} -> {new[:40]!r}"
+        if wanted and not any(word in name for word in wanted):
+            continue
+        if text is None:
+            absent += 1
+            print("NOT THERE", name, flush=True)
+        elif "--list" not in sys.argv:
+            start, survives = time.monotonic(), run(tests, text)
+            killed += not survives
+            survivors += [name] if survives else []
+            seconds = f"{time.monotonic() - start:4.0f} s"
+            print("SURVIVES" if survives else "killed  ", seconds, name, flush=True)
+    print(
+        f"{killed} of {killed + len(survivors)} killed; {absent} are about code that is not there"
+    )
+    for name in survivors:
+        print("  survives:", name)
