@@ -177,6 +177,11 @@ def test_jupyterlab(browser, lab, tmp_path):
     def look():
         return [pictures.nth(i).get_attribute("src") for i in range(pictures.count())]
 
+    def upload(file):
+        with tab.expect_file_chooser() as asked:
+            cell.locator(".widget-upload").click()
+        asked.value.set_files(file)
+
     def changed(before):
         for _ in range(120):
             tab.wait_for_timeout(250)
@@ -196,12 +201,12 @@ def test_jupyterlab(browser, lab, tmp_path):
     mine = tmp_path / "mine.png"
     Image.new("RGB", (60, 40), "green").save(mine)
     before = look()
-    cell.locator("input[type=file]").set_input_files(mine)
+    upload(mine)
     after = changed(before)
     assert after[0] not in (first[0], second[0])
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
-    cell.locator("input[type=file]").set_input_files(broken)
+    upload(broken)
     cell.get_by_text("can't be read as a picture").wait_for()
     shoot(tab, "lab-broken")
     tab.close()

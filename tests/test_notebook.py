@@ -55,8 +55,8 @@ def test_the_first_command_runs_the_notebook():
     red = run.page.select("[data-mime-type='application/vnd.jupyter.stderr']")
     assert not walk.alarming("\n".join(output.get_text() for output in red))
     assert len(list((run.folder / "checkpoints").glob("*.pt"))) >= 1
-    names = sorted(file.name for file in (run.folder / "supravl-nano").iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    names = {file.name for file in (run.folder / "supravl-nano").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_the_first_command_says_what_it_does_and_where_the_result_is():

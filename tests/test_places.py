@@ -67,7 +67,7 @@ def test_the_notebook_alone(alone):
     assert "data: own" in text, "a part of the scenes is not Flickr8k's standard split"
     assert "torch.float16" in text and "same captions: True" in text
     assert "train (60, 3, 112, 112)" in text and "test  (20, 3, 112, 112)" in text
-    assert {file.name for file in (folder / "supravl-nano").iterdir()} == {
+    assert {file.name for file in (folder / "supravl-nano").iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
     pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
