@@ -28,6 +28,9 @@ def clean(notebook):
         if cell.cell_type == "code":
             cell.execution_count = count  # a cell without its photographs was run all the same
             cell.outputs = [o for o in cell.outputs if o.get("text", "-").strip()]
+            for output in cell.outputs:
+                if "text" in output:  # a program run by ! ends its lines in another way
+                    output["text"] = output["text"].replace("\r\n", "\n")
 
 
 def main():

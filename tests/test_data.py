@@ -63,7 +63,7 @@ def save_jpeg(path, colour=ORANGE, size=(40, 30)):
 def kaggle_layout(folder, n=40):
     """`Images/0.jpg` ... and `captions.txt`, in CSV; every picture has a red of its own."""
     for i in range(n):
-        save_jpeg(folder / "Images" / f"{i}.jpg", (6 * i, 90, 120))
+        save_jpeg(folder / "Images" / f"{i}.jpg", (6 * i % 256, 90, 120))
     lines = ["image,caption"] + [f"{i}.jpg,The red is {6 * i} ." for i in range(n)]
     (folder / "captions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -374,6 +374,16 @@ def test_standard_means_the_standard_test_pictures_all_of_them(nb, tmp_path, rea
     assert nb.load_splits(folder, SIZE, tmp_path / "cache")["test"].standard
     test = folder / "Flickr8k_text" / "Flickr_8k.testImages.txt"
     test.write_text("test1.jpg\n")
+    assert not nb.load_splits(folder, SIZE, tmp_path / "cache")["test"].standard
+
+
+def test_with_a_test_picture_lost_it_is_another_test(nb, tmp_path, monkeypatch):
+    folder = kaggle_layout(tmp_path, 100)
+    names = nb.read_splits(folder, [f"{i}.jpg" for i in range(100)])["test"]
+    key = nb.hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    monkeypatch.setattr(nb, "FLICKR8K_TEST", key)
+    assert nb.load_splits(folder, SIZE, tmp_path / "cache")["test"].standard
+    (folder / "Images" / names[3]).unlink()
     assert not nb.load_splits(folder, SIZE, tmp_path / "cache")["test"].standard
 
 
