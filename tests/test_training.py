@@ -471,13 +471,13 @@ def test_live_plot(nb, monkeypatch):
             shown.append(figure)
 
     monkeypatch.setattr(nb, "display", lambda display_id: Handle())
-    plot, history = nb.LivePlot(), []
+    plot, history, before = nb.LivePlot(), [], nb.plt.get_fignums()
     for epoch in (1, 2):
         history.append({"epoch": epoch, "train": 3.0 - epoch, "val": 4.0 - epoch})
         plot(history)
     lines = [line.get_ydata() for line in shown[1].axes[0].lines]
     assert len(shown) == 2 and [list(line) for line in lines] == [[2.0, 1.0], [3.0, 2.0]]
-    assert not nb.plt.get_fignums()
+    assert nb.plt.get_fignums() == before, "a figure is left open"
 
 
 def test_a_picture_is_no_part_of_a_batch_twice(nb, data, recipe):
