@@ -63,6 +63,29 @@ def test_batched_beams_equal_plain_beams(nb, eyes, img, seed, width):
             assert total == pytest.approx(score(model, x[n : n + 1], ids), rel=1e-4, abs=1e-4)
 
 
+def test_beams_keep_their_pictures(nb, tiny, img):
+    """A model that reads the picture at every step, as with cross-attention, gets the right one."""
+
+    class Reads(nb.MiniVLM):
+        def hidden_states(self, img_tokens, tok_ids, caches=None):
+            x = super().hidden_states(img_tokens, tok_ids, caches)
+            return x + img_tokens.mean(1, keepdim=True)
+
+    class Pixels(torch.nn.Module):  # pictures that differ give tokens that differ
+        def forward(self, x):
+            return 5 * x.flatten(1)[:, : tiny.N_VIS * tiny.D_MODEL].view(
+                -1, tiny.N_VIS, tiny.D_MODEL
+            )
+
+    torch.manual_seed(0)
+    model = Reads(tiny, Pixels()).eval()
+    with torch.no_grad():
+        model.tok_emb.weight.normal_()
+        fast = sentences(nb.beam_search(model, model.vis_enc(img), 3))
+    assert fast == [nb.plain_beam(model, img[n : n + 1], 3)[0][1] for n in range(6)]
+    assert len(set(map(tuple, fast))) > 2
+
+
 def test_a_beam_of_full_width_equals_exhaustive_search(nb, make, img):
     surprises = 0
     for seed in range(4):
@@ -258,7 +281,7 @@ def test_senseless_numbers_are_named(captioner, img, name, value):
 
 @pytest.mark.parametrize("change", [
     lambda x: x[0], lambda x: x[:, :, :8], lambda x: x[:, :1], lambda x: x * 200,
-    lambda x: x * torch.nan, lambda x: x.byte(), lambda x: x.numpy(), lambda x: x[:, None],
+    lambda x: x * torch.nan, lambda x: x.long(), lambda x: x.numpy(), lambda x: x[:, None],
     lambda x: torch.nn.functional.interpolate(x, (20, 20)),
 ])  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)
