@@ -91,7 +91,7 @@ def test_a_server_that_goes_away_half_way(tmp_path):
     reader = tmp_path / "reader"
     reader.mkdir()
     with walk.serve(archives) as (url, _):
-        with pytest.raises(CellExecutionError, match="is broken.*delete it and run again"):
+        with pytest.raises(CellExecutionError, match="is broken.*run this cell again"):
             run(reader, FLICKR8K_URL=url, SUPRAVL_PRECISION="float32")
         assert not (reader / "data" / "flickr8k" / "Flickr8k_Dataset").exists()
 

@@ -268,7 +268,7 @@ def world(nb):
         name: nb.Split(
             [f"{i}.jpg" for i in range(n)],
             torch.randint(256, (n, 3, 16, 16), generator=generator, dtype=torch.uint8),
-            (texts * n)[:n], False,
+            (texts * n)[:n],
         )
         for name, n in (("train", 9), ("dev", 4), ("test", 4))
     }  # fmt: skip

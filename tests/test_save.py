@@ -71,7 +71,7 @@ def test_a_crash_while_saving_leaves_nothing_half_new(
     monkeypatch.setattr(nb.os, "replace", stop)
     with pytest.raises(OSError, match=failing):
         other.save_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(ValueError, match="config.json"):
         load(nb, folder)
     monkeypatch.undo()
     other.save_pretrained(folder)
@@ -123,7 +123,7 @@ CHANGES = {
     "negative variance": (spoil(VAR, -1), VAR),
     "integers": (lambda w: w.update({QKV: w[QKV].long()}), QKV),
     "bytes": (lambda w: w.update({QKV: w[QKV].byte()}), QKV),
-    "complex": (lambda w: w.update({QKV: w[QKV].to(torch.complex64)}), "does not fit"),
+    "complex": (lambda w: w.update({QKV: w[QKV].to(torch.complex64)}), "loaded"),
     "count": (lambda w: w.update({f"vis_enc.conv1.1.{COUNT}": torch.tensor(1.5)}), COUNT),
     "untied": (lambda w: w.update({"lm_head.weight": w["tok_emb.weight"] + 1}), "lm_head"),
     "no embedding": (lambda w: w.pop("tok_emb.weight"), "lm_head|tok_emb"),
@@ -155,7 +155,7 @@ def test_a_broken_file_is_named_and_runs_no_code(nb, folder, name, how, monkeypa
         file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"[1, 2]"}[how])
     if how == "missing":
         torch.save({"x": Explosive()}, folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError if how == "missing" else ValueError, match=name):
+    with pytest.raises(ValueError, match=name):
         load(nb, folder)
     assert not (folder / "exploded").exists()
 
@@ -249,7 +249,7 @@ def test_a_hub_repository_is_fetched_at_its_revision(nb, model, folder, img, mon
 @pytest.mark.parametrize("source", ["no/such", "nowhere", "a/b/c", ""])
 def test_neither_a_folder_nor_a_repository(nb, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=source or "config.json"):
+    with pytest.raises(ValueError, match=source or "config.json"):
         load(nb, source)
 
 

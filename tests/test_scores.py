@@ -154,7 +154,7 @@ def test_both_decoders_are_scored(nb):
         return ["a dog runs"] * len(img)
 
     model = types.SimpleNamespace(generate_greedy=write, generate_beam=write)
-    split = nb.Split(list("abcd"), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), PEOPLE, False)
+    split = nb.Split(list("abcd"), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), PEOPLE)
     scores, said = nb.evaluate(model, split, [["A dog runs ."]])
     assert scores.keys() == said.keys() == {"greedy", "beam-3"}
     assert said["greedy"] == ["a dog runs"] * 4
@@ -226,7 +226,7 @@ def run_cells(nb, data_name):
 
     def split(n):
         images = torch.randint(256, (n, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        return nb.Split([f"{i}.jpg" for i in range(n)], images, (PEOPLE * n)[:n], False)
+        return nb.Split([f"{i}.jpg" for i in range(n)], images, (PEOPLE * n)[:n])
 
     def write(img):
         return ["a dog runs on grass", "a man plays"] * (len(img) // 2)

@@ -16,7 +16,7 @@ def world(nb):
         IMG_SIZE=16,
     )  # fmt: skip
     recipe = nb.Recipe(
-        epochs=30, batch_size=40, captions_per_view=5, lr=1e-2, warmup=5, crop=1, flip=0, jitter=0,
+        epochs=50, batch_size=40, captions_per_view=5, lr=5e-3, warmup=5, crop=1, flip=0, jitter=0,
         ema=0, label_smoothing=0, naming=0, scst_epochs=3, scst_lr=1e-3,
     )  # fmt: skip
     captions = [[COMMON] * 4 + [RARE]] * 40
@@ -63,11 +63,11 @@ def test_what_is_drawn_and_its_score(nb, world):
     model, _, images, captions, _, tokenizer = world
     x, cider = model.vis_enc(nb.normalise(images[[0, 50, 1]])), nb.CiderD(captions)
     torch.manual_seed(0)
-    ids, scores = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, tokenizer, 4, 1.5)
-    assert ids.shape[0] == 12 and (ids[:, 0] == nb.BOS).all() and scores.shape == (3, 4)
+    ids, scores = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, tokenizer, 40, 2.0)
+    assert ids.shape[0] == 120 and (ids[:, 0] == nb.BOS).all() and scores.shape == (3, 40)
     texts = tokenizer.decode_batch(ids.tolist())
     for row, text in enumerate(texts):
-        picture = (0, 50, 1)[row // 4]
+        picture = (0, 50, 1)[row // 40]
         assert scores.flatten()[row].item() == pytest.approx(cider(text, picture), rel=1e-5)
     assert len(set(texts)) > 3
     colder = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, tokenizer, 40, 0.1)[0]

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from ablation import RESULTS, components, fingerprint, mean_and_spread, read_results, write_results
-from conftest import ROOT
+from ablation import RESULTS, fingerprint, mean_and_spread, read_results, write_results
+from conftest import ROOT, load_components
 
 FROZEN = {"N_LAYERS": 6, "IMG_SIZE": 224}
 # For each row: the class, the Config's changes, the eye, epochs, self-critical epochs.
@@ -31,10 +31,10 @@ ROWS = {
     "ViT, large": ("ViTVLM", {}, {"width": 128, "layers": 4}, 4, 0),
     "cross-attention": ("CrossAttentionVLM", {}, None, 4, 0),
     "two-way prefix": ("TwoWayVLM", {}, None, 4, 0),
-    "3 layers of 128": ("MiniVLM", {}, None, 2, 0),
-    "6 layers of 128": ("MiniVLM", {"N_LAYERS": 6}, None, 2, 0),
+    "3 layers of 128": ("MiniVLM", {}, None, 8, 0),
+    "6 layers of 128": ("MiniVLM", {"N_LAYERS": 6}, None, 8, 0),
     "6 layers of 256": (
-        "MiniVLM", {"N_LAYERS": 6, "D_MODEL": 256, "D_FF": 512, "N_HEADS": 8}, None, 2, 0,
+        "MiniVLM", {"N_LAYERS": 6, "D_MODEL": 256, "D_FF": 512, "N_HEADS": 8}, None, 8, 0,
     ),
     "8 layers of 512": (
         "MiniVLM", {"N_LAYERS": 8, "D_MODEL": 512, "D_FF": 2048, "N_HEADS": 16}, None, 2, 0,
@@ -43,6 +43,7 @@ ROWS = {
     "frozen eye, 49 tokens": ("FrozenVLM", FROZEN | {"N_VIS": 49}, "lite0", 10, 8),
     "frozen eye, 3 layers": ("FrozenVLM", FROZEN | {"N_LAYERS": 3}, "lite0", 8, 4),
 }  # fmt: skip
+FEW = [row for row in ROWS if " layers of " in row]  # learn from one caption a picture, not five
 PLAIN = {"crop": 1, "flip": 0, "jitter": 0}  # features can't be cropped
 
 
@@ -57,8 +58,10 @@ def table(runs):
     lines = {}
     for (row, epochs), found in groups.items():
         line = {"parameters": f"{found[0][0]['parameters']:,}", "seeds": len(found)}
-        line["minutes"] = mean_and_spread([run["minutes"] for run, _, _ in found], 0).split()[0]
-        line["train loss"] = mean_and_spread([run["history"][-1][0] for run, _, _ in found], 3)
+        spent = [run["minutes"] - run["minutes of"].get("SCST", 0) for run, _, _ in found]
+        spent = spent if "+" not in epochs else [run["minutes"] for run, _, _ in found]
+        line["minutes"] = f"{sum(spent) / len(spent):.0f}"
+        line["train loss"] = mean_and_spread([run["train loss"] for run, _, _ in found], 3)
         line["dev loss"] = mean_and_spread([dev["loss"] for _, dev, _ in found], 3)
         line["dev CIDEr"] = mean_and_spread([dev["beam-3"]["CIDEr"] for _, dev, _ in found], 1)
         tests = [test["beam-3"] for _, _, test in found if test]
@@ -130,6 +133,9 @@ def train_row(nb, args, report=print):
     augment = None if eye == "lite0" else nb.make_augment(recipe, cfg.IMG_SIZE)
     minutes = {"features and pictures": (time.perf_counter() - started) / 60}
     tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
+    if args.row in FEW:
+        train = train._replace(captions=[own[:1] for own in train.captions])
+        splits = splits | {"train": train}
     ids = {
         s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
     }
@@ -167,6 +173,8 @@ def train_row(nb, args, report=print):
         },
         "history": [[round(h[k], 4) for k in ("train", "val", "seconds")] for h in history],
     }  # fmt: skip
+    part = images["train"][:1000], ids["train"][:1000]
+    entry["train loss"] = round(nb.validate(model, *part, precision), 4)  # without augmentation
     judge("CE")
     if scst:
         model.tokenizer = tokenizer
@@ -203,7 +211,7 @@ def photo_captions(nb, args):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    nb = components()
+    nb = load_components()
     if args.row == "photos":
         new = {"beyond photos": photo_captions(nb, args)}
     else:
