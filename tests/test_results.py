@@ -34,8 +34,8 @@ CLAIMS = [  # (text, pattern with one number, the number as it must be)
     (CARD, r"[Vv]alidation loss (\d\.\d+)", lambda: value(shipped(), "val. loss")),
     (CARD, r"(\d+) epochs", lambda: shipped()["epochs"]),
     (CARD, r"seed (\d+)", lambda: shipped()["seed"]),
-    (PROSE, r"test CIDEr is ([\d.]+) where", lambda: borrowed()["CIDEr"]),
-    (README, r"a test CIDEr of ([\d.]+)", lambda: borrowed()["CIDEr"]),
+    (PROSE, r"test CIDEr is (\d+\.\d) where", lambda: borrowed()["CIDEr"]),
+    (README, r"a test CIDEr of (\d+\.\d)", lambda: borrowed()["CIDEr"]),
     (CARD, r"other four reaches CIDEr ([\d.]+)", lambda: BASELINES[PERSON]["CIDEr"]),
 ]
 
