@@ -193,7 +193,7 @@ def train_row(nb, args, report=print):
 
 
 def photo_captions(nb, args):
-    """{file: {"blueprint": caption, "borrowed eye": caption, "a person": what its README says}}."""
+    """{file: {"blueprint": caption, "borrowed eye": caption, "it shows": what its README says}}."""
     found = sorted(Path(args.runs).glob("frozen-eye-*/config.json"), key=os.path.getmtime)
     values = json.loads(found[-1].read_text(encoding="utf-8"))
     cfg = nb.Config(**{field.name: values[field.name] for field in nb.fields(nb.Config)})
@@ -204,7 +204,7 @@ def photo_captions(nb, args):
     said = {
         "blueprint": nb.MiniVLM.from_pretrained(ROOT / "assets/supravl-nano").caption(files),
         "borrowed eye": nb.FrozenVLM.from_pretrained(found[-1].parent, vis_enc=eye).caption(files),
-        "a person": [shown[file.name] for file in files],
+        "it shows": [shown[file.name] for file in files],
     }
     return {f.name: {who: texts[i] for who, texts in said.items()} for i, f in enumerate(files)}
 
