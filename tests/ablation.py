@@ -49,6 +49,9 @@ CHANGES = {
     "the published learning rate": {"lr": 3e-4, "min_lr": 3e-5, "warmup": 0},
 }
 NAMED = ("published", "nano")
+FEWER = {  # training pictures, with one caption each: what your own pictures would bring
+    f"{n:,} pictures, a caption each": n for n in (300, 1000, 3000, 6000)
+}
 BESIDES = {  # what is no part of a Recipe
     "published": {"init": "pytorch"},
     "PyTorch's start": {"init": "pytorch"},
@@ -131,6 +134,8 @@ def write_run(run, path=RESULTS):
 
 def recipe_of(nb, row):
     """The notebook's Recipe for a row."""
+    if row in FEWER:
+        return nb.RECIPES["few"]
     if row in CHANGES:  # the self-critical part is left out
         return nb.replace(nb.RECIPES["nano"], **{"scst_epochs": 0} | CHANGES[row])
     return nb.replace(nb.RECIPES["nano"], **PUBLISHED) if row == "published" else nb.RECIPES[row]
@@ -188,7 +193,8 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
         report(f"{folder.name}: {history[-1]}")
 
     same = {k: v for k, v in nb.asdict(recipe).items() if not k.startswith("scst")}
-    made_from = repr((sorted(same.items()), cfg, besides, len(train.images), str(precision)))
+    captions = sum(map(len, train.captions))
+    made_from = repr((sorted(same.items()), cfg, besides, captions, str(precision)))
     name = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     model, history = nb.train(
         loss_of, loader, recipe, validate, precision, folder.parent / f"{name}.pt", tell
@@ -281,6 +287,9 @@ def main(args):
         results["baselines"] = baselines(nb, splits)
         write_results(results, args.results)
         return
+    if args.row in FEWER:
+        names, images, captions = (part[: FEWER[args.row]] for part in splits["train"])
+        splits["train"] = nb.Split(names, images, [own[:1] for own in captions])
     device = nb.pick_device()
     precision = getattr(torch, args.precision) if args.precision else nb.pick_precision(device)
     wanted = {"seed": args.seed, "epochs": args.epochs, "scst_epochs": args.scst}
@@ -310,7 +319,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("row", choices=[*NAMED, *CHANGES, "baselines"])
+    add("row", choices=[*NAMED, *CHANGES, *FEWER, "baselines"])
     add("--flickr8k", default=os.environ.get("FLICKR8K_DIR"), help="its folder")
     add("--seed", type=int, default=0)
     add("--epochs", type=int, help="instead of the recipe's")
