@@ -495,7 +495,7 @@ def test_live_plot(nb, monkeypatch):
         history.append({"epoch": epoch, "train": 3.0 - epoch, "val": 4.0 - epoch})
         plot(history)
     lines = [line.get_ydata() for line in shown[1].axes[0].lines]
-    assert len(shown) == 2 and [list(line) for line in lines] == [[2.0, 1.0], [3.0, 2.0]]
+    assert len(shown) == 2 and [list(line) for line in lines] == [[3.0, 2.0]]
     assert nb.plt.get_fignums() == before, "a figure is left open"
 
 

@@ -40,9 +40,17 @@ ROWS = {
         "MiniVLM", {"N_LAYERS": 8, "D_MODEL": 512, "D_FF": 2048, "N_HEADS": 16}, None, 4, 0,
     ),
     "frozen eye": ("FrozenVLM", {"IMG_SIZE": 224}, "lite0", 8, 5),
+    "frozen eye, mirrored": ("FrozenVLM", {"IMG_SIZE": 224}, "lite0", 4, 3),
+    "frozen eye, 300 pictures": ("FrozenVLM", {"IMG_SIZE": 224}, "lite0", 20, 0),
+    "frozen eye, 1,000 pictures": ("FrozenVLM", {"IMG_SIZE": 224}, "lite0", 20, 0),
     "frozen eye, 6 layers": ("FrozenVLM", {"IMG_SIZE": 224, "N_LAYERS": 6}, "lite0", 8, 5),
 }  # fmt: skip
-FEW = [row for row in ROWS if " layers of " in row]  # learn from one caption a picture, not five
+FEW = {  # these learn from so many pictures, with one caption each
+    row: 6000 if " layers of " in row else int(re.sub(r"\D", "", row))
+    for row in ROWS
+    if re.search(" layers of | pictures$", row)
+}
+MIRRORED = ["frozen eye, mirrored"]  # each picture's mirror image too: epochs are twice as long
 PLAIN = {"crop": 1, "flip": 0, "jitter": 0}  # features can't be cropped
 
 
@@ -85,11 +93,11 @@ def build(nb, row, seed):
     return getattr(nb, kind)(cfg, eye)
 
 
-def keep_features(nb, eye, splits, cfg, cache):
+def keep_features(nb, eye, splits, cfg, cache, what=""):
     """{split: features}, from files in `cache` if they are there."""
     kept = {}
     for name, split in splits.items():
-        file = Path(cache) / f"lite0-{cfg.IMG_SIZE}-{cfg.N_VIS}-{name}-{len(split.images)}.pt"
+        file = Path(cache) / f"lite0-{cfg.IMG_SIZE}-{cfg.N_VIS}-{what}{name}-{len(split.images)}.pt"
         if not file.is_file():
             features = eye.keep(split.images)
             nb.write_whole(file, lambda opened, features=features: torch.save(features, opened))
@@ -125,7 +133,7 @@ def train_row(nb, args, report=print):
     train = splits["train"]
     images = {name: split.images for name, split in splits.items()}
     recipe = nb.replace(nb.RECIPES["nano"], seed=args.seed, epochs=epochs, scst_epochs=scst)
-    if args.row in FEW:  # a fifth of the captions: small batches, or there would be few steps
+    if args.row in FEW:  # small batches, or there would be few steps
         recipe = nb.replace(recipe, batch_size=20, captions_per_view=1)
     model = model.to(device)
     if eye == "lite0":
@@ -133,10 +141,18 @@ def train_row(nb, args, report=print):
         recipe = nb.replace(recipe, **PLAIN)
     augment = None if eye == "lite0" else nb.make_augment(recipe, cfg.IMG_SIZE)
     minutes = {"features and pictures": (time.perf_counter() - started) / 60}
-    tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
-    if args.row in FEW:
-        train = train._replace(captions=[own[:1] for own in train.captions])
+    if args.row in MIRRORED:
+        mirrored = {"train": train._replace(images=train.images.flip(-1))}
+        mirrored = keep_features(nb, model.vis_enc, mirrored, cfg, args.cache, "mirrored ")["train"]
+        images = images | {"train": torch.cat([images["train"], mirrored])}
+        train = nb.Split(train.names * 2, images["train"], train.captions * 2)
         splits = splits | {"train": train}
+    if args.row in FEW:
+        names, _, captions = (part[: FEW[args.row]] for part in train)
+        images = images | {"train": images["train"][: len(names)]}
+        train = nb.Split(names, images["train"], [own[:1] for own in captions])
+        splits = splits | {"train": train}
+    tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
     ids = {
         s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
     }
