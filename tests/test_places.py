@@ -1,10 +1,12 @@
 """Where readers are: the notebook alone in an empty folder, on a machine with float16 only.
 
 The data comes from a server on this machine, in the layout of the real archives. Everything up to
-section 10 runs: the way from a download to a saved model. (`test_data.py` has Kaggle's folder.)
+section 10 runs: the way from a download to a saved model. And all of it, with somebody's own
+pictures. (`test_data.py` has Kaggle's folder.)
 """
 
 import re
+import zipfile
 
 import nbformat
 import pytest
@@ -16,11 +18,12 @@ from nbclient.exceptions import CellExecutionError
 SHORT = "recipe = replace(recipe, epochs=2, warmup=5)"
 
 
-def main_path():
+def main_path(whole=False):
     """The notebook's cells up to section 10, with two epochs, and nothing learned by heart."""
     book = nbformat.read(NOTEBOOK, as_version=4)
     ends = [i for i, cell in enumerate(book.cells) if re.match("## 11 ", cell.source)]
-    book.cells = [cell for cell in book.cells[: ends[0]] if "handful" not in cell.source]
+    end = None if whole else ends[0]
+    book.cells = [cell for cell in book.cells[:end] if "handful" not in cell.source]
     changed = "# recipe = replace(recipe, epochs=3)"
     assert sum(changed in cell.source for cell in book.cells) == 1
     for cell in book.cells:
@@ -30,9 +33,9 @@ def main_path():
     return book
 
 
-def run(folder, **settings):
+def run(folder, whole=False, **settings):
     """Run the main path in `folder`, with nothing in it but the notebook. Returns its outputs."""
-    book = main_path()
+    book = main_path(whole)
     nbformat.write(book, folder / "SupraVL_Nano.ipynb")
     client = NotebookClient(
         book, resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=ERROR"]
@@ -102,3 +105,22 @@ def test_no_network_at_all(tmp_path):
         run(tmp_path, FLICKR8K_URL="http://127.0.0.1:9/", SUPRAVL_PRECISION="float32")
     last = re.sub(r"\x1b\[[\d;]*m", "", str(error.value)).strip().splitlines()[-1]
     assert re.search("FileNotFoundError: .*network.*FLICKR8K_DIR", last)
+
+
+@pytest.mark.parametrize("layout", ["comma", "tab"])
+def test_own_pictures(tmp_path, layout):
+    """A folder of pictures with one caption each, in both layouts: all sections run."""
+    own, reader = tmp_path / "own", tmp_path / "reader"
+    own.mkdir(), reader.mkdir()
+    lines = ["image,caption"] if layout == "comma" else []
+    for name, caption in walk.first_scenes(60):
+        with zipfile.ZipFile(walk.SCENES / "Flickr8k_Dataset.zip") as archive:
+            (own / name).write_bytes(archive.read(f"Flicker8k_Dataset/{name}"))
+        lines.append(f'{name},"{caption}"' if layout == "comma" else f"{name}\t{caption}")
+    (own / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"FLICKR8K_DIR": str(own), "SUPRAVL_PRECISION": "float32"}
+    outputs = run(reader, layout == "comma", SUPRAVL_RECIPE="few", **settings)
+    text = said(outputs)
+    assert "data: own" in text and "recipe 'few'" in text and "train (44, 3, 112, 112)" in text
+    assert "same captions: True" in text
+    assert ("wrong tokenizer" in text) == (layout == "comma"), "the last section's last output"

@@ -46,6 +46,15 @@ def some_scenes(folder, train, others):
     return folder
 
 
+def first_scenes(n):
+    """[(file name, its first caption), ...] of the first `n` training scenes."""
+    with zipfile.ZipFile(SCENES / "Flickr8k_text.zip") as text:
+        names = text.read(LISTS[0]).decode().split()[:n]
+        lines = text.read("Flickr8k.token.txt").decode().splitlines()
+    captions = dict(line.split("#0\t") for line in lines if "#0\t" in line)
+    return [(name, captions[name]) for name in names]
+
+
 def readers_folder(folder, train=240, others=60):
     """A copy of the repository as a reader has it, with fewer scenes."""
     (folder / "assets").mkdir(parents=True)
