@@ -32,12 +32,12 @@ from conftest import ROOT, load_components
 RESULTS = ROOT / "assets" / "results.json"
 PUBLISHED = {  # the recipe as it was published; it also starts as PyTorch does
     "epochs": 15, "batch_size": 64, "captions_per_view": 1, "lr": 3e-4, "min_lr": 3e-5, "warmup": 0,
-    "label_smoothing": 0, "crop": 1, "flip": 0, "jitter": 0, "naming": 0, "ema": 0,
-    "scst_epochs": 0,
+    "label_smoothing": 0, "flip": 0, "naming": 0, "ema": 0, "scst_epochs": 0,
 }  # fmt: skip
 CHANGES = {
     "a shorter schedule": {"epochs": 12},
-    "no augmentation": {"crop": 1, "flip": 0, "jitter": 0},
+    "no mirror images": {"flip": 0},
+    "crops, other colours": {},  # see BESIDES
     "no label smoothing": {"label_smoothing": 0},
     "no averaging": {"ema": 0},
     "half the batch": {"batch_size": 40},
@@ -56,6 +56,7 @@ BESIDES = {  # what is no part of a Recipe
     "published": {"init": "pytorch"},
     "PyTorch's start": {"init": "pytorch"},
     "dropout 0.1": {"dropout": 0.1},
+    "crops, other colours": {"crop": 0.85, "jitter": 0.2},  # crop ** 2: least share of the area
 }
 
 
@@ -164,13 +165,21 @@ def make_model(nb, cfg, seed, init="gpt2", dropout=0.0):
     return model
 
 
+def add_views(nb, data, crop, jitter):
+    """Let a CaptionDataset crop its pictures by chance too, and change their colours."""
+    size, shape = data.images.shape[-1], (crop, 1 / crop)
+    more = nb.v2.RandomResizedCrop(size, (crop**2, 1), shape, antialias=True)
+    data.augment = nb.v2.Compose([more, data.augment, nb.v2.ColorJitter(jitter, jitter, jitter)])
+
+
 def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, report=print):
     """Train by `recipe`, and describe the model on dev after each stage.
 
     folder: for the weights; checkpoints are kept beside it. besides: for make_model
     Returns (model, what to put into the run's entry).
     """
-    besides = besides or {}
+    besides = dict(besides or {})
+    views = {k: besides.pop(k) for k in ("crop", "jitter") if k in besides}
     train, dev = splits["train"], splits["dev"]
     tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
     ids = {
@@ -181,6 +190,8 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
     loss_of = nb.CaptionLoss(model, recipe.label_smoothing, recipe.naming, len(words))
     loss_of = loss_of.to(device, memory_format=torch.channels_last)
     loader = nb.make_loader(train.images, ids["train"], recipe, device, shares)
+    if views:
+        add_views(nb, loader.dataset, **views)
 
     def validate(model):
         return nb.validate(model, dev.images, ids["dev"], precision)
@@ -194,7 +205,7 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
 
     same = {k: v for k, v in nb.asdict(recipe).items() if not k.startswith("scst")}
     captions = sum(map(len, train.captions))
-    made_from = repr((sorted(same.items()), cfg, besides, captions, str(precision)))
+    made_from = repr((sorted(same.items()), cfg, besides | views, captions, str(precision)))
     name = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     model, history = nb.train(
         loss_of, loader, recipe, validate, precision, folder.parent / f"{name}.pt", tell
@@ -290,7 +301,7 @@ def main(args):
     if args.row in FEWER:
         names, images, captions = (part[: FEWER[args.row]] for part in splits["train"])
         splits["train"] = nb.Split(names, images, [own[:1] for own in captions])
-    device = nb.pick_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = getattr(torch, args.precision) if args.precision else nb.pick_precision(device)
     wanted = {"seed": args.seed, "epochs": args.epochs, "scst_epochs": args.scst}
     recipe, besides = recipe_of(nb, args.row), BESIDES.get(args.row, {})

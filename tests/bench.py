@@ -87,7 +87,8 @@ class Notebook:
     """What is measured, with the present notebook's cells."""
 
     def __init__(self, nb, args):
-        self.nb, self.args, self.device = nb, args, nb.pick_device()
+        self.nb, self.args = nb, args
+        self.device = nb.torch.device("cuda" if nb.torch.cuda.is_available() else "cpu")
         name = args.precision
         self.precision = getattr(nb.torch, name) if name else nb.pick_precision(self.device)
 

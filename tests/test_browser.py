@@ -159,7 +159,7 @@ def test_jupyterlab(browser, lab, tmp_path):
     assert sum(any(k.startswith("image/") for k in o.get("data", {})) for o in outputs) > 10
 
     # the interactive cell, by mouse
-    place = next(i for i, cell in enumerate(book.cells) if "explore(tuned" in cell.source)
+    place = next(i for i, cell in enumerate(book.cells) if "def explore" in cell.source)
     panel = tab.locator(".jp-NotebookPanel")
     for _ in range(60):  # the window of cells that are drawn follows the scroll bar
         cell = panel.locator(f".jp-Cell[data-windowed-list-index='{place}']")

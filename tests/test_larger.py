@@ -73,7 +73,7 @@ def test_the_module_of_all_and_its_imports(nb, tmp_path):
 
 BATCH = {
     "epochs": 3, "batch_size": 8, "captions_per_view": 2, "lr": 1e-2, "warmup": 2, "ema": 0.9,
-    "crop": 1, "flip": 0, "jitter": 0, "naming": 0.05,
+    "flip": 0, "naming": 0.05,
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def child(folder, what="pictures"):
         asked.append((folder / "asked-0").exists())  # the first process comes first
         return "own", {"train": split, "dev": split, "test": split}
 
-    def make_augment(recipe, size):
+    def mirror(share):
         return lambda picture: (draws.append(torch.rand(1).item()), picture)[1]
 
     def conv_block(a, b):  # no batch statistics, which on CPUs are each process's own
@@ -117,9 +117,8 @@ def child(folder, what="pictures"):
         return calls[-1]
 
     calls, plain_validate = [], nb.validate
-    nb.get_data, nb.make_augment, nb.conv_block, nb.validate = (
-        get_data, make_augment, conv_block, validate,
-    )  # fmt: skip
+    nb.get_data, nb.conv_block, nb.validate = get_data, conv_block, validate
+    nb.v2.RandomHorizontalFlip = mirror
     recipe = nb.Recipe(**BATCH)
     if what != "shards":
         model, history = nb.train_everywhere(recipe, small(nb), folder / "model", folder / "points")
@@ -182,7 +181,7 @@ def test_both_end_with_the_same_weights_from_other_random_numbers(two, nb):
         assert torch.equal(weight, second[0][key])
     assert len(first[2]) == len(second[2]) == 2 * (16 // 2 + 1)  # two epochs after going on
     assert not set(first[2]) & set(second[2])
-    saved = nb.read_weights(two[1] / "model" / "model.safetensors", lambda: plain(nb))
+    saved = nb.read_weights(two[1] / "model" / "model.safetensors")
     assert all(torch.equal(first[0][key], value) for key, value in saved.items())
 
 
@@ -351,10 +350,10 @@ def test_shards_that_hold_too_little_are_an_error(stream, shards, tmp_path):
 
 
 def test_a_shard_comes_from_the_network(nb, shards):
-    pictures, captions, broken = nb.read_shard(Path(shards[0]).as_uri(), 16, torch.nn.Identity())
+    pictures, captions, broken = nb.read_shard(Path(shards[0]).as_uri(), 16)
     assert pictures.shape == (12, 3, 16, 16) and broken == 0
     assert captions == [f"{n} {n}" for n in range(12)]
-    _, captions, broken = nb.read_shard("http://127.0.0.1:9/0000.tar", 16, None)  # nobody is there
+    _, captions, broken = nb.read_shard("http://127.0.0.1:9/0000.tar", 16)  # nobody is there
     assert captions == [] and broken == 1
 
 
@@ -369,14 +368,24 @@ def test_other_names_and_layouts(nb, tmp_path):
         (tmp_path / "part" / name).write_bytes(data)
     with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "part", "part")  # the folder, then its files by name
-    pictures, captions, broken = nb.read_shard(str(tmp_path / "some.tar.gz"), 16, lambda x: x)
+    pictures, captions, broken = nb.read_shard(str(tmp_path / "some.tar.gz"), 16)
     assert captions == ["one two", "three", "four"] and broken == 1
     assert pictures.float().mean((1, 2, 3)).round().tolist() == [10, 20, 30]
 
 
-def test_pictures_are_augmented(nb, shards):
-    pictures, *_ = nb.read_shard(shards[0], 16, lambda picture: 255 - picture)
-    assert abs(pictures[2].float().mean().item() - (255 - 5 * 2)) < 2
+def test_each_picture_may_be_mirrored(nb, stream, monkeypatch):
+    asked = []
+
+    def mirror(share):
+        return lambda picture: asked.append(share) or 255 - picture
+
+    def brightness():
+        return torch.cat([batch.images for batch in stream()]).float().mean().item()
+
+    plain = brightness()
+    monkeypatch.setattr(nb.v2, "RandomHorizontalFlip", mirror)
+    assert brightness() == pytest.approx(255 - plain)  # all pictures of the shards, once
+    assert asked == [BATCH["flip"]] * 48
 
 
 def test_the_training_loop_takes_them(nb, stream):

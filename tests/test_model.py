@@ -76,10 +76,6 @@ def test_transform_squashes_the_published_way(nb, pictures):
     torch.testing.assert_close(out, expected)
 
 
-class OnAGpu(torch.Tensor):
-    is_cuda = True
-
-
 @pytest.mark.parametrize("Q, S", [(5, 5), (1, 5), (3, 7), (1, 1)])
 def test_attention_by_a_loop(nb, Q, S):
     q, k, v = torch.randn(2, 3, Q, 4), torch.randn(2, 3, S, 4), torch.randn(2, 3, S, 4)
@@ -92,9 +88,6 @@ def test_attention_by_a_loop(nb, Q, S):
                 weights = torch.stack(scores).softmax(0)
                 expected[b, head, i] = sum(w * v[b, head, j] for j, w in enumerate(weights))
     torch.testing.assert_close(nb.attention(q, k, v), expected)
-    torch.testing.assert_close(nb.fast_attention(q, k, v), expected)
-    fused = nb.fast_attention(*(x.as_subclass(OnAGpu) for x in (q, k, v)))
-    torch.testing.assert_close(fused.as_subclass(torch.Tensor), expected)
 
 
 def test_attention_with_a_mask(nb):
@@ -102,8 +95,6 @@ def test_attention_with_a_mask(nb):
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]]).bool()
     y = nb.attention(q, k, v, mask)
     assert torch.equal(y[:, :, 1], v[:, :, 3]) and torch.equal(y[:, :, 3], v[:, :, 1])
-    fused = nb.fast_attention(*(x.as_subclass(OnAGpu) for x in (q, k, v)), mask)
-    torch.testing.assert_close(fused.as_subclass(torch.Tensor), y)
 
 
 def test_block_is_pre_norm_with_residuals_and_the_exact_gelu(nb, make):
@@ -208,7 +199,7 @@ def test_config_names_key_and_value(nb, how):
         {"lr": True}, {"lr": 0.1, "min_lr": 0.2}, {"lr": float("nan")}, {"min_lr": float("nan")},
         {"seed": 2**70}, {"seed": -1}, {"seed": 1.0}, {"epochs": 1.5}, {"epochs": -1},
         {"batch_size": 0}, {"captions_per_view": 0}, {"captions_per_view": 3, "batch_size": 2},
-        {"crop": 0}, {"crop": 1.1}, {"flip": -0.1}, {"flip": "no"}, {"jitter": 2},
+        {"flip": -0.1}, {"flip": "no"}, {"flip": 1.1},
         {"ema": 1.1}, {"grad_clip": 0}, {"label_smoothing": float("inf")}, {"naming": None},
         {"scst_lr": -1}, {"weight_decay": "0.01"}, {"warmup": 1e3},
     ],
@@ -239,14 +230,3 @@ def test_bfloat16_only_where_a_gpu_has_it(nb, monkeypatch, native):
     assert nb.pick_precision(torch.device("cuda")) == expected and not asked
     assert nb.pick_precision(torch.device("mps")) == torch.float32
     assert nb.pick_precision(torch.device("cpu")) in (torch.float32, torch.bfloat16)
-
-
-def test_the_device(nb, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert nb.pick_device() == torch.device("cuda", 3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert nb.pick_device() == torch.device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert nb.pick_device() == torch.device("cpu")

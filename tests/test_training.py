@@ -14,7 +14,7 @@ from PIL import Image
 CPU = torch.device("cpu")
 PLAIN = {
     "epochs": 3, "batch_size": 4, "captions_per_view": 2, "lr": 1e-2, "warmup": 2, "ema": 0,
-    "label_smoothing": 0, "crop": 1, "flip": 0, "jitter": 0, "naming": 0,
+    "label_smoothing": 0, "flip": 0, "naming": 0,
 }  # fmt: skip
 
 
@@ -212,30 +212,18 @@ def test_pictures_and_captions_must_fit(nb, data):
     assert item[1][1] is token_ids[4][3] and len(item[1]) == 2
 
 
-def test_augment(nb, recipe):
-    """Off it is the identity; on, it draws for each picture alone and stays bytes."""
+def test_mirror_images(nb, recipe, data):
+    """Off, a view is the picture; on, each picture alone is mirrored, as often as was asked."""
     torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(nb.make_augment(recipe, 16)(image), image)
-    flip = nb.make_augment(nb.replace(recipe, flip=0.3), 16)
-    flipped = [not torch.equal(flip(image), image) for _ in range(400)]
-    assert 0.2 < sum(flipped) / 400 < 0.4
-    assert all(torch.equal(x, image) or torch.equal(x, image.flip(-1)) for x in (flip(image),) * 9)
-    jitter = nb.make_augment(nb.replace(recipe, jitter=0.4), 16)
-    assert len({jitter(image).float().mean().item() for _ in range(9)}) == 9
-    assert len({jitter(image).float().std().item() for _ in range(9)}) == 9
-    grey = image[:1].expand(3, -1, -1)  # no colour comes from nowhere: hue stays
-    out = jitter(grey)
-    assert out.dtype == torch.uint8 and torch.equal(out[0], out[2])
-    strengths = jitter.transforms[2]
-    for strength in (strengths.brightness, strengths.contrast, strengths.saturation):
-        assert strength == pytest.approx((0.6, 1.4))
-    ramp = torch.arange(100, dtype=torch.uint8).expand(100, 100)
-    crop, areas = nb.make_augment(nb.replace(recipe, crop=0.6), 100), []
-    for _ in range(200):
-        x, y = crop(torch.stack([ramp, ramp.T, ramp]))[:2].float()
-        areas.append((x[50, -1] - x[50, 0]).item() * (y[-1, 50] - y[0, 50]).item() / 99**2)
-    assert 0.3 < min(areas) < 0.45 and max(areas) > 0.8 and len(set(areas)) > 100
+    images, token_ids = data
+    views = [(i % 4, [0]) for i in range(400)]
+    for flip in (0, 0.3):
+        loader = nb.make_loader(images, token_ids, nb.replace(recipe, flip=flip), CPU)
+        seen = [loader.dataset[view][0] for view in views]
+        mirrored = [not torch.equal(x, images[i]) for x, (i, _) in zip(seen, views)]
+        assert abs(sum(mirrored) / 400 - flip) < 0.1 and (flip or not any(mirrored))
+        for x, (i, _), turned in zip(seen, views, mirrored):
+            assert torch.equal(x, images[i].flip(-1) if turned else images[i])
 
 
 # The schedule and the average
@@ -391,7 +379,7 @@ class PulledThePlug(Exception):
 def test_interrupted_training_ends_at_the_same_weights(
     nb, recipe, train, tmp_path, monkeypatch, where
 ):
-    noisy = nb.replace(recipe, ema=0.9, crop=0.7, flip=0.5, jitter=0.3, naming=0.1, epochs=4)
+    noisy = nb.replace(recipe, ema=0.9, flip=0.5, naming=0.1, epochs=4)
     whole, history = train(noisy)
     file, steps, real = tmp_path / "new" / "x.pt", [0], nb.moving_average
     replace, replaced = nb.os.replace, [0]
@@ -482,21 +470,11 @@ def test_a_checkpoint_belongs_to_what_it_is_made_from(nb, recipe, tmp_path):
     assert nb.checkpoint_path(tmp_path, "x", recipe) in paths
 
 
-def test_live_plot(nb, monkeypatch):
-    shown = []
-
-    class Handle:
-        def update(self, figure):
-            shown.append(figure)
-
-    monkeypatch.setattr(nb, "display", lambda display_id: Handle())
-    plot, history, before = nb.LivePlot(), [], nb.plt.get_fignums()
-    for epoch in (1, 2):
-        history.append({"epoch": epoch, "train": 3.0 - epoch, "val": 4.0 - epoch})
-        plot(history)
-    lines = [line.get_ydata() for line in shown[1].axes[0].lines]
-    assert len(shown) == 2 and [list(line) for line in lines] == [[3.0, 2.0]]
-    assert nb.plt.get_fignums() == before, "a figure is left open"
+def test_the_words_come_in_the_same_order_every_time(nb):
+    """Which column is whose must not hang on the order of a set: training goes on in other runs."""
+    said = [["kiwi apple zebra mango lemon"], ["pear olive berry dates"], ["nothing"], ["else"]]
+    words, _ = nb.content_words(said)
+    assert words == [*sorted(said[0][0].split()), *sorted(said[1][0].split()), "nothing", "else"]
 
 
 def test_a_picture_is_no_part_of_a_batch_twice(nb, data, recipe):

@@ -51,7 +51,7 @@ FEW = {  # these learn from so many pictures, with one caption each
     if re.search(" layers of | pictures$", row)
 }
 MIRRORED = ["frozen eye, mirrored"]  # each picture's mirror image too: epochs are twice as long
-PLAIN = {"crop": 1, "flip": 0, "jitter": 0}  # features can't be cropped
+PLAIN = {"flip": 0}  # features can't be mirrored
 
 
 def table(runs):
@@ -127,8 +127,8 @@ def train_row(nb, args, report=print):
     scst = scst if args.scst is None else args.scst
     model = build(nb, args.row, args.seed)
     cfg = model.cfg
-    device = nb.pick_device()
-    precision = torch.float32 if device.type == "cpu" else nb.pick_precision(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = getattr(torch, args.precision) if args.precision else nb.pick_precision(device)
     splits = nb.load_splits(args.flickr8k, cfg.IMG_SIZE, args.cache)
     train = splits["train"]
     images = {name: split.images for name, split in splits.items()}
@@ -139,7 +139,6 @@ def train_row(nb, args, report=print):
     if eye == "lite0":
         images = keep_features(nb, model.vis_enc, splits, cfg, args.cache)
         recipe = nb.replace(recipe, **PLAIN)
-    augment = None if eye == "lite0" else nb.make_augment(recipe, cfg.IMG_SIZE)
     minutes = {"features and pictures": (time.perf_counter() - started) / 60}
     if args.row in MIRRORED:
         mirrored = {"train": train._replace(images=train.images.flip(-1))}
@@ -158,9 +157,7 @@ def train_row(nb, args, report=print):
     }
     words, shares = nb.content_words(train.captions)
     loss_of = nb.CaptionLoss(model, recipe.label_smoothing, recipe.naming, len(words)).to(device)
-    data = nb.CaptionDataset(images["train"], ids["train"], augment, shares)
-    buckets = nb.LengthBuckets(ids["train"], recipe)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=buckets, collate_fn=nb.collate)
+    loader = nb.make_loader(images["train"], ids["train"], recipe, device, shares)
     word = re.sub(r"[^a-z0-9]+", "-", args.row.lower())
     folder = Path(args.runs) / f"{word}-{epochs}-{args.seed}"
 
@@ -185,8 +182,8 @@ def train_row(nb, args, report=print):
         "made_by": "tests/variants.py", "variant": model.variant, "config": nb.asdict(cfg),
         "recipe": nb.asdict(recipe), "parameters": sum(p.numel() for p in model.parameters()),
         "machine": {
-            "device": device.type, "threads": args.threads, "python": platform.python_version(),
-            "torch": torch.__version__,
+            "device": device.type, "threads": args.threads, "precision": str(precision)[6:],
+            "python": platform.python_version(), "torch": torch.__version__,
         },
         "history": [[round(h[k], 4) for k in ("train", "val", "seconds")] for h in history],
     }  # fmt: skip
@@ -250,6 +247,7 @@ if __name__ == "__main__":
     add("--epochs", type=int, help="instead of the row's")
     add("--scst", type=int, help="self-critical epochs, instead of the row's")
     add("--threads", type=int, default=min(2, os.cpu_count()))
+    add("--precision", choices=["float32", "bfloat16", "float16"], help="else the fastest here")
     add("--test", action="store_true", help="score on test too: once, for what is reported")
     add("--cache", default=str(ROOT / "cache"), help="where pictures and features are kept")
     add("--runs", default=str(ROOT / "runs"), help="where checkpoints and weights are kept")
