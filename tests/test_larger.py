@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def child(folder, what="pictures"):
 
     calls, plain_validate = [], nb.validate
     nb.get_data, nb.conv_block, nb.validate = get_data, conv_block, validate
-    nb.v2.RandomHorizontalFlip = mirror
+    nb.v2 = types.SimpleNamespace(RandomHorizontalFlip=mirror, functional=nb.v2.functional)
     recipe = nb.Recipe(**BATCH)
     if what != "shards":
         model, history = nb.train_everywhere(recipe, small(nb), folder / "model", folder / "points")

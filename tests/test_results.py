@@ -354,6 +354,22 @@ def test_dropout_drops_while_training_alone(nb, world, tmp_path):
     assert found["history"] != other["history"]
 
 
+def test_crops_and_other_colours_are_a_row(nb, world, tmp_path):
+    """What the recipe had once can still be trained, and the recipe itself goes without."""
+    import torch
+
+    data = nb.CaptionDataset(world[2]["train"].images, [[torch.tensor([1, 2])]] * 9)
+    ablation.add_views(nb, data, crop=0.5, jitter=0)
+    torch.manual_seed(0)
+    seen = [data[0, [0]][0] for _ in range(9)]
+    assert all(image.shape == (3, 16, 16) for image in seen)
+    assert not any(torch.equal(image, world[2]["train"].images[0]) for image in seen[1:])
+    besides = ablation.BESIDES["crops, other colours"]
+    _, found = train_row(nb, world, tmp_path / "a", besides=besides, scst_epochs=0)
+    _, other = train_row(nb, world, tmp_path / "b", scst_epochs=0)
+    assert found["history"] != other["history"]
+
+
 def test_every_row_is_a_recipe(nb):
     recipes = {row: ablation.recipe_of(nb, row) for row in (*ablation.NAMED, *ablation.CHANGES)}
     base = nb.replace(recipes["nano"], scst_epochs=0)
