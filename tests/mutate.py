@@ -197,7 +197,7 @@ MUTATIONS = {
         ("copy.deepcopy(model), captions", "model, captions"),
         ("recipe, device, numbers)", "replace(recipe, flip=0), device, numbers)"),
         ("torch.arange(len(images))[:, None]", "torch.zeros(len(images), 1).long()"),
-        ("recipe, *more)\n", "recipe, *more[:2])\n"),
+        ("loader, recipe, *more)", "loader, recipe, *more[:2])"),
     ],
 }  # fmt: skip
 
