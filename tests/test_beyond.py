@@ -130,7 +130,7 @@ def test_vit_has_no_mask(nb, tiny):
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_and_nothing_frozen_changes(nb, build, pictures, kind):
     model = build(kind)
-    ids = [[torch.tensor([nb.BOS, 3 + n, 4 + n, 5, nb.EOS])] for n in range(6)]
+    ids = [[[nb.BOS, 3 + n, 4 + n, 5, nb.EOS]] for n in range(6)]
     images, frozen = pictures, getattr(model.vis_enc, "frozen", None)
     before = {k: v.clone() for k, v in frozen[0].state_dict().items()} if frozen else {}
     start = {k: v.clone() for k, v in model.state_dict().items()}

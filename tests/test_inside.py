@@ -95,7 +95,7 @@ def test_training_mode_is_an_error(nb, model, picture):
 
 def test_words_are_whole_and_use_each_token_once(nb, tokenizer):
     text = "the zebra , the dog ."
-    ids = nb.encode_captions(tokenizer, [[text]])[0][0].tolist()
+    ids = nb.encode_captions(tokenizer, [[text]])[0][0]
     words = nb.split_words(tokenizer, ids)
     assert [word for word, _ in words] == [*text.split(), "<eos>"]
     places = [i for _, at in words for i in range(len(ids) - 1)[at]]

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 
 CAPTIONS = ["A dog runs on the grass .", "Two dogs run .", "The boat sails on the lake ."] * 4
@@ -71,17 +70,16 @@ def test_captions_keep_their_picture_their_begin_and_their_end(nb, tokenizer):
     assert [len(own) for own in ids] == [2, 0, 1]
     for own, texts in zip(ids, captions):
         for row, text in zip(own, texts):
-            assert row.dtype == torch.int64 and row[0] == nb.BOS and row[-1] == nb.EOS
-            assert tokenizer.decode(row.tolist()) == text
-            assert (row == nb.EOS).sum() == 1
+            assert row[0] == nb.BOS and row[-1] == nb.EOS and row.count(nb.EOS) == 1
+            assert tokenizer.decode(row) == text
 
 
 def test_a_caption_that_is_cut_has_no_end(nb, tokenizer):
     whole = nb.encode_captions(tokenizer, [["two dogs run on the grass"]], 48)[0][0]
     n = len(whole)
-    assert nb.encode_captions(tokenizer, [["two dogs run on the grass"]], n)[0][0].equal(whole)
+    assert nb.encode_captions(tokenizer, [["two dogs run on the grass"]], n)[0][0] == whole
     cut = nb.encode_captions(tokenizer, [["two dogs run on the grass"]], n - 1)[0][0]
-    assert cut.equal(whole[:-1]) and nb.EOS not in cut
+    assert cut == whole[:-1] and nb.EOS not in cut
 
 
 def test_a_vocabulary_without_room_for_all_bytes(nb):

@@ -24,9 +24,7 @@ def data():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
     lengths = torch.randint(1, 7, (9, 4)).tolist()
-    token_ids = [
-        [torch.tensor([1, *torch.randint(3, 20, (n,)).tolist(), 2]) for n in own] for own in lengths
-    ]
+    token_ids = [[[1, *torch.randint(3, 20, (n,)).tolist(), 2] for n in own] for own in lengths]
     return images, token_ids
 
 
@@ -78,6 +76,7 @@ def same(a, b):
 def plain_losses(nb, model, image, ids, **how):
     """Loss of each token of one caption by the plain forward pass."""
     x = model.vis_enc(nb.normalise(image[None]))
+    ids = torch.tensor(ids)
     return F.cross_entropy(model(x, ids[None, :-1])[0, 4:], ids[1:], reduction="none", **how)
 
 
@@ -111,7 +110,7 @@ def test_collate(nb, data):
     flat = [row for _, own, _ in views for row in own]
     assert len(batch.ids) == 6 and (batch.ids.shape[1] - 1) % 8 == 0
     for row, ids in zip(batch.ids, flat):
-        assert torch.equal(row[: len(ids)], ids) and not row[len(ids) :].any()
+        assert row[: len(ids)].tolist() == ids and not row[len(ids) :].any()
     assert torch.equal(batch.labels, torch.stack([view[2] for view in views]))
 
 
@@ -183,9 +182,7 @@ def test_each_caption_once_an_epoch_with_its_own_picture(nb, data, recipe, toget
                 number = [torch.equal(batch.images[owner], image) for image in images].index(True)
                 text = row[row != 0].tolist()
                 seen[number, tuple(text)] += 1
-        expected = Counter(
-            (n, tuple(ids.tolist())) for n, own in enumerate(token_ids) for ids in own
-        )
+        expected = Counter((n, tuple(ids)) for n, own in enumerate(token_ids) for ids in own)
         assert seen == expected
         orders.add(str(list(buckets)))
     assert len(orders) == 2, "epochs differ, and the same epoch comes back alike"
