@@ -196,7 +196,7 @@ class Straightforward(Notebook):
             def __getitem__(self, i):
                 path, ids = pairs[i]
                 padded = torch.zeros(48, dtype=torch.long)
-                padded[: len(ids)] = ids
+                padded[: len(ids)] = torch.tensor(ids)
                 return prepare(Image.open(path).convert("RGB")), padded
 
         how = {"num_workers": workers, "persistent_workers": workers > 0}
