@@ -60,7 +60,7 @@ class Stopwatch:
 
     def __init__(self, batches, seconds, count, skip=3):
         self.batches, self.seconds, self.count, self.skip = batches, seconds, count, skip
-        self.batch_sampler, self.pairs = getattr(batches, "batch_sampler", None), 0
+        self.sampler, self.pairs = getattr(batches, "sampler", None), 0
 
     def __len__(self):
         return len(self.batches)
@@ -104,19 +104,17 @@ class Notebook:
 
     def batches(self):
         nb, train = self.nb, self.splits["train"]
-        self.words, shares = nb.content_words(train.captions)
-        return nb.make_loader(train.images, self.ids["train"], self.recipe, self.device, shares)
+        return nb.make_loader(train.images, self.ids["train"], self.recipe, self.device)
 
     def first_batch(self):
         next(iter(self.batches()))
 
     def train(self, seconds):
-        """Pairs a second of `train` itself: augmentation, averaged weights and all."""
+        """Pairs a second of `train` itself: augmentation and all."""
         nb, recipe = self.nb, self.recipe
         watch = Stopwatch(self.batches(), seconds, lambda batch: len(batch.ids))
-        loss_of = nb.CaptionLoss(
-            nb.MiniVLM(self.cfg), recipe.label_smoothing, recipe.naming, len(self.words)
-        ).to(self.device, memory_format=nb.torch.channels_last)
+        loss_of = nb.CaptionLoss(nb.MiniVLM(self.cfg))
+        loss_of = loss_of.to(self.device, memory_format=nb.torch.channels_last)
         nb.train(loss_of, watch, recipe, lambda model: 0.0, self.precision)
         return watch.pairs / watch.elapsed
 

@@ -31,7 +31,7 @@ def world():
         D_MODEL=16, N_HEADS=2, N_LAYERS=1, D_FF=32, VIS_CH=8, N_VIS=4, VOCAB_SIZE=270, MAX_SEQ=16,
         IMG_SIZE=16,
     )  # fmt: skip
-    recipe = nb.Recipe(epochs=6, batch_size=20, warmup=3, naming=0, scst_epochs=5, scst_lr=1e-3)
+    recipe = nb.Recipe(epochs=6, batch_size=20, warmup=3, scst_epochs=5, scst_lr=1e-3)
     words = random.Random(1)
     captions = [[" ".join(words.choices(WORDS, k=5)) for _ in range(3)] for _ in range(60)]
     tokenizer = nb.train_tokenizer([c for own in captions for c in own], 270)
@@ -47,7 +47,7 @@ def fingerprint(model):
 
 def train(folder):
     cfg, recipe, images, _, ids, _ = world()
-    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg), recipe.label_smoothing)
+    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg))
     loader = nb.make_loader(images, ids, recipe, CPU)
     check = lambda model: nb.validate(model, images, ids)  # noqa: E731
     model, history = nb.train(loss_of, loader, recipe, check, torch.float32, folder / "x.pt")

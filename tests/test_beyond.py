@@ -138,13 +138,9 @@ def test_trains_and_nothing_frozen_changes(nb, build, pictures, kind):
         images = model.vis_enc.keep(pictures, batch=4)
         assert images.dtype == torch.float16 and images.shape == (6, 4, 5)
     recipe = nb.Recipe(
-        epochs=15, batch_size=6, captions_per_view=1, warmup=3, naming=0, ema=0, lr=1e-2,
-        label_smoothing=0, scst_epochs=2,
+        epochs=15, batch_size=6, warmup=3, lr=1e-2, flip=0, scst_epochs=2,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(
-        nb.CaptionDataset(images, ids), batch_sampler=nb.LengthBuckets(ids, recipe),
-        collate_fn=nb.collate,
-    )  # fmt: skip
+    loader = nb.make_loader(images, ids, recipe, torch.device("cpu"))
     loss_of = nb.CaptionLoss(model)
     trained, history = nb.train(
         loss_of, loader, recipe, lambda m: nb.validate(m, images, ids), torch.float32

@@ -196,12 +196,10 @@ def test_config_names_key_and_value(nb, how):
 @pytest.mark.parametrize(
     "how",
     [
-        {"lr": True}, {"lr": 0.1, "min_lr": 0.2}, {"lr": float("nan")}, {"min_lr": float("nan")},
-        {"seed": 2**70}, {"seed": -1}, {"seed": 1.0}, {"epochs": 1.5}, {"epochs": -1},
-        {"batch_size": 0}, {"captions_per_view": 0}, {"captions_per_view": 3, "batch_size": 2},
-        {"flip": -0.1}, {"flip": "no"}, {"flip": 1.1},
-        {"ema": 1.1}, {"grad_clip": 0}, {"label_smoothing": float("inf")}, {"naming": None},
-        {"scst_lr": -1}, {"weight_decay": "0.01"}, {"warmup": 1e3},
+        {"lr": True}, {"lr": 1.1}, {"lr": float("nan")}, {"seed": 2**70}, {"seed": -1},
+        {"seed": 1.0}, {"epochs": 1.5}, {"epochs": -1}, {"batch_size": 0}, {"flip": -0.1},
+        {"flip": "no"}, {"flip": 1.1}, {"scst_lr": float("inf")}, {"scst_lr": -1},
+        {"scst_lr": "0.01"}, {"scst_lr": None}, {"warmup": 1e3},
     ],
     ids=str,
 )  # fmt: skip

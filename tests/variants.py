@@ -134,7 +134,7 @@ def train_row(nb, args, report=print):
     images = {name: split.images for name, split in splits.items()}
     recipe = nb.replace(nb.RECIPES["nano"], seed=args.seed, epochs=epochs, scst_epochs=scst)
     if args.row in FEW:  # small batches, or there would be few steps
-        recipe = nb.replace(recipe, batch_size=20, captions_per_view=1)
+        recipe = nb.replace(recipe, batch_size=20)
     model = model.to(device)
     if eye == "lite0":
         images = keep_features(nb, model.vis_enc, splits, cfg, args.cache)
@@ -155,9 +155,8 @@ def train_row(nb, args, report=print):
     ids = {
         s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
     }
-    words, shares = nb.content_words(train.captions)
-    loss_of = nb.CaptionLoss(model, recipe.label_smoothing, recipe.naming, len(words)).to(device)
-    loader = nb.make_loader(images["train"], ids["train"], recipe, device, shares)
+    loss_of = nb.CaptionLoss(model).to(device)
+    loader = nb.make_loader(images["train"], ids["train"], recipe, device)
     word = re.sub(r"[^a-z0-9]+", "-", args.row.lower())
     folder = Path(args.runs) / f"{word}-{epochs}-{args.seed}"
 
