@@ -44,8 +44,9 @@ def draw(weights=HERE / "supravl-nano", photo=HERE / "photos" / "dog_grass.jpg",
     axes = right.subplots(-(-len(shown) // columns), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, n in zip(axes.flat, shown):
-        nb["draw_heat"](axis, big, maps[n], maps[shown].max())
+    tiles = nb["heat_tiles"](big, maps[shown]).permute(0, 2, 3, 1)
+    for axis, tile, n in zip(axes.flat, tiles, shown):
+        axis.imshow(tile)
         axis.set_title(words[n][0], fontsize=12)
     return figure
 

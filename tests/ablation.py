@@ -48,6 +48,7 @@ CHANGES = {  # and BESIDES
     "no warm-up": {"warmup": 0},
     "half the learning rate": {"lr": 7.5e-4},
     "half the self-critical epochs": {"scst_epochs": 5},
+    "twice the self-critical learning rate": {"scst_epochs": 10, "scst_lr": 2e-4},
     "the published learning rate": {"lr": 3e-4, "warmup": 0},
 }
 NAMED = ("published", "nano")
@@ -171,11 +172,10 @@ def make_model(nb, cfg, seed, init="gpt2", dropout=0.0):
     return model
 
 
-def add_views(nb, data, crop, jitter):
-    """Let a CaptionDataset crop its pictures by chance too, and change their colours."""
-    size, shape = data.images.shape[-1], (crop, 1 / crop)
-    more = nb.v2.RandomResizedCrop(size, (crop**2, 1), shape, antialias=True)
-    data.augment = nb.v2.Compose([more, data.augment, nb.v2.ColorJitter(jitter, jitter, jitter)])
+def other_views(nb, flip, size, crop, jitter):
+    """What crops a picture by chance too, and changes its colours, beside `flip`."""
+    more = nb.v2.RandomResizedCrop(size, (crop**2, 1), (crop, 1 / crop), antialias=True)
+    return nb.v2.Compose([more, flip, nb.v2.ColorJitter(jitter, jitter, jitter)])
 
 
 def content_words(captions, count=600):
@@ -255,9 +255,11 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
     model = make_model(nb, cfg, recipe.seed, **besides)
     loss_of = OtherLoss(nb, model, train.captions, **losses) if losses else nb.CaptionLoss(model)
     loss_of = loss_of.to(device, memory_format=torch.channels_last)
-    loader = nb.make_loader(train.images, ids["train"], recipe, device)
+    loader = nb.make_loader(train.images, ids["train"], recipe)
     if views:
-        add_views(nb, loader.dataset, **views)
+        images, flip = loader.collate_fn.args
+        augment = other_views(nb, flip, images.shape[-1], **views)
+        loader.collate_fn = nb.partial(nb.make_batch, images, augment)
 
     def validate(model):
         model = loss_of.averaged.module if "ema" in losses else model
@@ -297,7 +299,7 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
             return 100 * np.mean([cider(text, i) for i, text in enumerate(texts)]).item()
 
         model, history = nb.train_self_critical(
-            model, train.images, train.captions, ids["train"], tokenizer, recipe, dev_score,
+            model, train.images, train.captions, ids["train"], recipe, dev_score,
             precision, folder.parent / f"{name}.pt", tell,
         )  # fmt: skip
         model.tokenizer = tokenizer

@@ -104,7 +104,7 @@ class Notebook:
 
     def batches(self):
         nb, train = self.nb, self.splits["train"]
-        return nb.make_loader(train.images, self.ids["train"], self.recipe, self.device)
+        return nb.make_loader(train.images, self.ids["train"], self.recipe)
 
     def first_batch(self):
         next(iter(self.batches()))

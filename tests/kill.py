@@ -48,7 +48,7 @@ def fingerprint(model):
 def train(folder):
     cfg, recipe, images, _, ids, _ = world()
     loss_of = nb.CaptionLoss(nb.MiniVLM(cfg))
-    loader = nb.make_loader(images, ids, recipe, CPU)
+    loader = nb.make_loader(images, ids, recipe)
     check = lambda model: nb.validate(model, images, ids)  # noqa: E731
     model, history = nb.train(loss_of, loader, recipe, check, torch.float32, folder / "x.pt")
     return fingerprint(model) + str([(h["epoch"], h["train"], h["val"]) for h in history])
@@ -56,10 +56,11 @@ def train(folder):
 
 def self_critical(folder):
     cfg, recipe, images, captions, ids, tokenizer = world()
+    model = nb.MiniVLM(cfg)
+    model.tokenizer = tokenizer
     model, history = nb.train_self_critical(
-        nb.MiniVLM(cfg), images, captions, ids, tokenizer, recipe, lambda model: 0.0, torch.float32,
-        folder / "x.pt",
-    )  # fmt: skip
+        model, images, captions, ids, recipe, lambda model: 0.0, torch.float32, folder / "x.pt"
+    )
     return fingerprint(model) + str([(h["epoch"], h["train"]) for h in history])
 
 

@@ -63,7 +63,7 @@ def test_cached_equals_plain_and_batched_equals_alone(nb, build, img, kind):
     assert greedy == as_list(nb, [nb.plain_greedy(model, one[None]) for one in img])
     written |= set(map(tuple, greedy))
     for width in (1, 3):
-        best = as_list(nb, nb.beam_search(model, tokens, width).tolist())
+        best = as_list(nb, nb.beam_search(model, tokens, beam_width=width).tolist())
         alone = [nb.plain_beam(model, one[None], width)[0][1] for one in img]
         assert best == as_list(nb, alone)
         written |= set(map(tuple, best))
@@ -89,7 +89,7 @@ def test_a_cache_takes_several_tokens_at_once(nb, build, img):
         model, caches = build(kind), None
         with torch.no_grad():
             tokens = model.vis_enc(img)
-            whole, caches = model.text_logits(tokens, ids), [nb.LayerCache() for _ in model.blocks]
+            whole, caches = model.text_logits(tokens, ids), [[] for _ in model.blocks]
             parts = [model.text_logits(tokens, part, caches) for part in ids.split([1, 3, 2], 1)]
         assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4), kind
 
@@ -140,7 +140,7 @@ def test_trains_and_nothing_frozen_changes(nb, build, pictures, kind):
     recipe = nb.Recipe(
         epochs=15, batch_size=6, warmup=3, lr=1e-2, flip=0, scst_epochs=2,
     )  # fmt: skip
-    loader = nb.make_loader(images, ids, recipe, torch.device("cpu"))
+    loader = nb.make_loader(images, ids, recipe)
     loss_of = nb.CaptionLoss(model)
     trained, history = nb.train(
         loss_of, loader, recipe, lambda m: nb.validate(m, images, ids), torch.float32

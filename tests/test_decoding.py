@@ -81,7 +81,7 @@ def test_beams_keep_their_pictures(nb, tiny, img):
     model = Reads(tiny, Pixels()).eval()
     with torch.no_grad():
         model.tok_emb.weight.normal_()
-        fast = sentences(nb.beam_search(model, model.vis_enc(img), 3))
+        fast = sentences(nb.beam_search(model, model.vis_enc(img), beam_width=3))
     assert fast == [nb.plain_beam(model, img[n : n + 1], 3)[0][1] for n in range(6)]
     assert len(set(map(tuple, fast))) > 2
 
@@ -96,7 +96,10 @@ def test_a_beam_of_full_width_equals_exhaustive_search(nb, make, img):
         after = ended.cumsum(1) - ended > 0
         with torch.no_grad():
             x = model.vis_enc(img)
-        full, greedy = sentences(nb.beam_search(model, x, 20)), sentences(nb.sample(model, x))
+        full, greedy = (
+            sentences(nb.beam_search(model, x, beam_width=20)),
+            sentences(nb.sample(model, x)),
+        )
         for n in range(6):
             with torch.no_grad():
                 eye = x[n : n + 1].expand(len(every), -1, -1)
@@ -112,7 +115,7 @@ def test_length_penalty_by_the_formula(nb, eyes, img):
     changed = 0
     for model, x in eyes.values():
         for penalty in (0.7, 1.5):
-            fast = sentences(nb.beam_search(model, x, 5, length_penalty=penalty))
+            fast = sentences(nb.beam_search(model, x, 48, 5, length_penalty=penalty))
             for n in range(6):
                 beams = nb.plain_beam(model, img[n : n + 1], 5)
                 if any(nb.PAD in ids for _, ids in beams):
@@ -203,7 +206,7 @@ def test_methods_decode_what_the_functions_write(nb, captioner, img):
     with torch.no_grad():
         x = captioner.vis_enc(img)
     assert captioner.generate_greedy(img) == text(nb.sample(captioner, x))
-    assert captioner.generate_beam(img) == text(nb.beam_search(captioner, x, 3))
+    assert captioner.generate_beam(img) == text(nb.beam_search(captioner, x, beam_width=3))
     wide = {"beam_width": 9, "max_new": 5, "length_penalty": 1.0}
     assert captioner.generate_beam(img, **wide) == text(nb.beam_search(captioner, x, **wide))
     how = {"temperature": 3.0, "top_k": 7, "max_new": 6}

@@ -52,7 +52,13 @@ def test_shares_are_the_models_own(nb, model, picture, tiny, monkeypatch):
     torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:3]))
     assert (shares.triu(1) == 0).all()
     assert shares[:, :, -1].max() > 2 / S  # else all of this would hold for even shares too
-    assert not any(block.attn._forward_hooks for block in model.blocks)
+    assert no_hooks(model)
+
+
+def no_hooks(model):
+    """No layer of the model calls anything of ours any more, nor does any layer at all."""
+    every = torch.nn.modules.module._global_forward_hooks
+    return not every and not any(layer._forward_hooks for layer in model.modules())
 
 
 def test_shares_that_the_model_did_not_use_are_an_error(nb, model, picture, monkeypatch):
@@ -62,7 +68,7 @@ def test_shares_that_the_model_did_not_use_are_an_error(nb, model, picture, monk
     )
     with pytest.raises(RuntimeError, match="something else"):
         nb.attention_shares(model, picture, IDS)
-    assert not any(block.attn._forward_hooks for block in model.blocks)
+    assert no_hooks(model)
 
 
 def test_a_subclass_is_followed(nb, make, picture, tiny):
@@ -180,21 +186,34 @@ def shown(nb, monkeypatch):
 
 
 def test_the_strongest_cell_is_the_reddest(nb, picture):
-    figure, axis = nb.plt.subplots()
-    nb.draw_heat(axis, picture, [0.1, 0.4, 0.2, -0.3], top=0.4, signed=True)
-    heat = axis.images[1]
-    np.testing.assert_allclose(heat.get_alpha().flatten() / 0.8, [0.25, 1, 0.5, 0.75])
-    red, _, blue, _ = heat.cmap(heat.norm(heat.get_array())).reshape(4, 4).T
-    assert (red > blue).tolist() == [True, True, True, False]
-    nb.draw_heat(axis, picture, [0.1, 0.4, 0.2, -0.3], top=0.4)
-    assert axis.images[3].get_alpha()[1, 1] == 0
-    nb.plt.close(figure)
+    """Cells of 8 x 8 pixels, row by row: how much of red or blue covers the grey picture."""
+    tile, grey = (
+        nb.heat_tiles(picture, torch.tensor([cells]))[0].float()
+        for cells in ([0.1, 0.4, 0.2, -0.3], [0.0] * 4)
+    )
+    assert (grey == grey[:1]).all() and grey.min() > 40 and grey.max() < 256
+    order = picture.float().mean(0).flatten().argsort()
+    assert (grey[0].flatten()[order].diff() >= 0).all() and len(grey.unique()) > 50
+    colours = torch.tensor([[255.0, 0, 0]] * 3 + [[0, 0, 255]]).T.view(3, 2, 2)
+    colours = colours.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    cover = torch.tensor([[0.25, 1], [0.5, 0.75]]) * 0.8
+    cover = cover.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    torch.testing.assert_close(tile, grey + cover * (colours - grey), atol=2, rtol=0)
+
+
+def test_maps_share_a_scale_and_may_have_pictures_of_their_own(nb, picture):
+    maps = torch.tensor([[0.2, 0, 0, 0], [0.4, 0, 0, 0]])
+    tiles = nb.heat_tiles(torch.stack([picture, picture.flip(2)]), maps)
+    assert tiles.shape == (2, 3, 16, 16) and tiles.dtype == torch.uint8
+    assert torch.equal(tiles[0], nb.heat_tiles(picture, maps)[0])
+    assert torch.equal(tiles[1], nb.heat_tiles(picture.flip(2), maps)[1])
+    assert not torch.equal(tiles[0], nb.heat_tiles(picture, maps[:1])[0]), "half as red"
 
 
 def test_a_strip_has_a_tile_for_each_word(nb, model, picture, shown):
     maps = nb.attention_maps(model, picture, IDS, WORDS)
-    nb.show_heat([picture] * 4, maps, ["a", "$dog", ".", "<eos>"], columns=3)
-    nb.show_heat([picture] * 4, torch.zeros(4, 4), [""] * 4, signed=True)
+    nb.show_pictures(nb.heat_tiles(picture, maps), ["a", "$dog", ".", "<eos>"], columns=3)
+    nb.show_pictures(nb.heat_tiles(picture, torch.zeros(4, 4)), [""] * 4)
     assert [len(figure.axes) for figure in shown] == [4, 4]
     assert np.asarray(shown[0].canvas.buffer_rgba())[..., :3].std() > 5, "nothing was drawn"
 

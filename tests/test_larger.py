@@ -73,7 +73,7 @@ def test_the_module_of_all_and_its_imports(nb, tmp_path):
 # Several processes
 
 BATCH = {
-    "epochs": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "flip": 0,
+    "epochs": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "flip": 0.5,
 }  # fmt: skip
 
 
@@ -101,7 +101,8 @@ def child(folder, what="pictures"):
         return "own", {"train": split, "dev": split, "test": split}
 
     def mirror(share):
-        return lambda picture: (draws.append(torch.rand(1).item()), picture)[1]
+        """Draws as the real one does, but turns nothing; none for what is only validated."""
+        return lambda picture: (share and draws.append(torch.rand(1).item()), picture)[1]
 
     def conv_block(a, b):  # no batch statistics, which on CPUs are each process's own
         return torch.nn.Sequential(torch.nn.Conv2d(a, b, 3, stride=2, padding=1), torch.nn.ReLU())
@@ -407,6 +408,7 @@ def test_the_first_bad_layer_is_found(nb, make, img):
     model.blocks[1].attn.proj.weight.data[0, 0] = torch.inf
     assert nb.first_nonfinite(loss_of, *batch) == "model.blocks.1.attn.proj"
     assert not any(module._forward_hooks for module in loss_of.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 if __name__ == "__main__":

@@ -355,10 +355,9 @@ def test_crops_and_other_colours_are_a_row(nb, world, tmp_path):
     """What the recipe had once can still be trained, and the recipe itself goes without."""
     import torch
 
-    data = nb.CaptionDataset(world[2]["train"].images, [[[1, 2]]] * 9)
-    ablation.add_views(nb, data, crop=0.5, jitter=0)
+    augment = ablation.other_views(nb, nb.nn.Identity(), 16, crop=0.5, jitter=0)
     torch.manual_seed(0)
-    seen = [data[0][0] for _ in range(9)]
+    seen = [augment(world[2]["train"].images[0]) for _ in range(9)]
     assert all(image.shape == (3, 16, 16) for image in seen)
     assert not any(torch.equal(image, world[2]["train"].images[0]) for image in seen[1:])
     besides = ablation.BESIDES["crops, other colours"]
@@ -388,7 +387,7 @@ def test_a_loss_that_was_dropped_by_hand(nb, world):
 
     cfg, recipe, splits = world
     model, train = ablation.make_model(nb, cfg, seed=0), splits["train"]
-    batch = nb.collate([(train.images[4], [1, 5, 6, 2], 4), (train.images[0], [1, 7, 2], 0)])
+    batch = nb.make_batch(train.images, nb.nn.Identity(), [(4, [1, 5, 6, 2]), (0, [1, 7, 2])])
     loss_of = ablation.OtherLoss(nb, model.eval(), train.captions, 0.3, 0.25)
     with torch.no_grad():
         x = model.vis_enc(nb.normalise(batch.images))

@@ -28,16 +28,17 @@ def world(nb):
     ids = nb.encode_captions(tokenizer, captions, cfg.MAX_SEQ)
     torch.manual_seed(0)
     loss_of = nb.CaptionLoss(nb.MiniVLM(cfg))
-    loader = nb.make_loader(images, ids, recipe, CPU)
-    model, _ = nb.train(loss_of, loader, recipe, lambda m: 0.0, torch.float32)
+    loader = nb.make_loader(images, ids, recipe)
+    model, _ = nb.train(loss_of, loader, recipe, None, torch.float32)
+    model.tokenizer = tokenizer
     return model, recipe, images, captions, ids, tokenizer
 
 
 def go(nb, world, checkpoint=None, report=None, captions=None, ids=None, **change):
-    model, recipe, images, *texts, tokenizer = world
+    model, recipe, images, *texts, _ = world
     captions, ids = captions or texts[0], ids or texts[1]
     return nb.train_self_critical(
-        model, images, captions, ids, tokenizer, nb.replace(recipe, **change), lambda m: 0.0,
+        model, images, captions, ids, nb.replace(recipe, **change), lambda m: 0.0,
         torch.float32, checkpoint, report,
     )  # fmt: skip
 
@@ -49,7 +50,7 @@ def drawn(nb, world, model):
     with torch.no_grad():
         x = model.vis_enc(nb.normalise(images[:4]))
     cider = nb.CiderD(captions)
-    ids, scores = nb.write_and_score(model, x, torch.arange(4), cider, tokenizer, 50, 1.0)
+    ids, scores = nb.write_and_score(model, x, torch.arange(4), cider, 50, 1.0)
     texts = tokenizer.decode_batch(ids.tolist())
     return sum(text.strip() == COMMON for text in texts) / len(texts), scores.mean().item()
 
@@ -63,14 +64,14 @@ def test_what_is_drawn_and_its_score(nb, world):
     model, _, images, captions, _, tokenizer = world
     x, cider = model.vis_enc(nb.normalise(images[[0, 50, 1]])), nb.CiderD(captions)
     torch.manual_seed(0)
-    ids, scores = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, tokenizer, 40, 2.0)
+    ids, scores = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, 40, 2.0)
     assert ids.shape[0] == 120 and (ids[:, 0] == nb.BOS).all() and scores.shape == (3, 40)
     texts = tokenizer.decode_batch(ids.tolist())
     for row, text in enumerate(texts):
         picture = (0, 50, 1)[row // 40]
         assert scores.flatten()[row].item() == pytest.approx(cider(text, picture), rel=1e-5)
     assert len(set(texts)) > 3
-    colder = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, tokenizer, 40, 0.1)[0]
+    colder = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, 40, 0.1)[0]
     assert len(set(tokenizer.decode_batch(colder.tolist()))) == 2, "one for each kind"
 
 
@@ -81,23 +82,23 @@ def test_advantages_leave_one_out(nb):
 
 def batch_of(nb, world, numbers):
     _, _, images, _, ids, _ = world
-    return nb.collate([(images[n], ids[n][n % 5], n) for n in numbers])
+    return nb.make_batch(images, nb.nn.Identity(), [(n, ids[n][n % 5]) for n in numbers])
 
 
 def test_the_loss_by_hand(nb, world, monkeypatch):
     """Own captions at their temperature, weighed by advantage; people's, of the same picture."""
-    model, _, images, captions, _, tokenizer = world
+    model, _, images, captions, _, _ = world
     own = torch.tensor([[1, 7, 8, 2], [1, 9, 2, 0], [1, 5, 5, 2], [1, 6, 2, 0]])
     scores, asked = torch.tensor([[3.0, 1.0], [0.0, 2.0]]), []
 
-    def write_and_score(model, img_tokens, numbers, cider, tokenizer, per_image, temperature):
+    def write_and_score(model, img_tokens, numbers, cider, per_image, temperature):
         asked.append((numbers, temperature))
         return own, scores
 
     monkeypatch.setattr(nb, "write_and_score", write_and_score)
     batch = batch_of(nb, world, (0, 60))
     with torch.no_grad():
-        loss = nb.SelfCriticalLoss(model, captions, tokenizer, 0.7, 0.9)(*batch)
+        loss = nb.SelfCriticalLoss(model, captions, 0.7, 0.9)(*batch)
         x = model.vis_enc(nb.normalise(images[[0, 60]]))
         gains = torch.tensor([2.0, -2.0, -2.0, 2.0])
         gains = gains / gains.std()
@@ -115,9 +116,9 @@ def test_the_loss_by_hand(nb, world, monkeypatch):
 
 def test_captions_that_all_score_alike_teach_nothing(nb, world, monkeypatch):
     """What rounding leaves of their advantages must not be scaled up to the size of real ones."""
-    model, _, _, captions, _, tokenizer = world
+    model, _, _, captions, _, _ = world
     own = torch.tensor([[1, 7, 8, 2], [1, 9, 9, 2]]).repeat(2, 1)
-    loss_of, losses = nb.SelfCriticalLoss(model, captions, tokenizer), []
+    loss_of, losses = nb.SelfCriticalLoss(model, captions), []
     for scores in (torch.full((2, 2), 0.1), 0.1 + 1e-7 * torch.tensor([[0.0, 1], [0, 1]])):
         monkeypatch.setattr(nb, "write_and_score", lambda *a, s=scores, **k: (own, s))
         losses.append(loss_of(*batch_of(nb, world, (0, 1))).item())

@@ -156,7 +156,7 @@ def train_row(nb, args, report=print):
         s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
     }
     loss_of = nb.CaptionLoss(model).to(device)
-    loader = nb.make_loader(images["train"], ids["train"], recipe, device)
+    loader = nb.make_loader(images["train"], ids["train"], recipe)
     word = re.sub(r"[^a-z0-9]+", "-", args.row.lower())
     folder = Path(args.runs) / f"{word}-{epochs}-{args.seed}"
 
@@ -192,7 +192,7 @@ def train_row(nb, args, report=print):
     if scst:
         model.tokenizer = tokenizer
         model, history = nb.train_self_critical(
-            model, images["train"], train.captions, ids["train"], tokenizer, recipe,
+            model, images["train"], train.captions, ids["train"], recipe,
             lambda m: nb.validate(m, images["dev"], ids["dev"], precision), precision,
             folder.with_suffix(f".scst{scst}.pt"), tell,
         )  # fmt: skip
