@@ -136,7 +136,7 @@ MUTATIONS = {
         ("key=lambda beam: -beam[0])[:beam_width]", "key=lambda beam: -beam[0])[: beam_width + 1]"),
         ("decode(model.eval(), ", "decode(model, "),
         ("    model.train(training)", "    pass"),
-        (".split(128)", ".split(1280)"),
+        (".split(64)", ".split(640)"),
         ("img.shape[1:] != (3, size, size)", "img.dim() != 4"),
         ("not img.is_floating_point() or ", ""),
         ("not (img.abs() < 10).all()", "(img.abs() > 10).any()"),
