@@ -91,8 +91,11 @@ def dev_table(runs):
     """Means over the seeds of each row, by CIDEr: what section 11 prints about the recipe."""
     groups = {}
     for run in runs.values():
+        changed = CHANGES.get(run["row"])
+        later = changed and all(key.startswith("scst") for key in changed)  # as "nano" before it
         for stage, found in run.get("dev", {}).items():
-            groups.setdefault((run["row"], run["epochs"], stage), []).append(found)
+            if not (later and stage == "CE"):
+                groups.setdefault((run["row"], run["epochs"], stage), []).append(found)
     table = {}
     for (row, epochs, stage), found in groups.items():
         columns = {

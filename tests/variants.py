@@ -64,12 +64,12 @@ def table(runs):
             groups.setdefault((run["row"], epochs), []).append((run, dev, test))
     lines = {}
     for (row, epochs), found in groups.items():
-        line = {"parameters": f"{found[0][0]['parameters']:,}", "seeds": len(found)}
+        line = {"parameters": f"{found[0][0]['parameters']:,}"}
         spent = [run["minutes"] - run["minutes of"].get("SCST", 0) for run, _, _ in found]
         spent = spent if "+" not in epochs else [run["minutes"] for run, _, _ in found]
         line["minutes"] = f"{sum(spent) / len(spent):.0f}"
-        line["train loss"] = mean_and_spread([run["train loss"] for run, _, _ in found], 3)
-        line["dev loss"] = mean_and_spread([dev["loss"] for _, dev, _ in found], 3)
+        line["train loss"] = mean_and_spread([run["train loss"] for run, _, _ in found], 2)
+        line["dev loss"] = mean_and_spread([dev["loss"] for _, dev, _ in found], 2)
         line["dev CIDEr"] = mean_and_spread([dev["beam-3"]["CIDEr"] for _, dev, _ in found], 1)
         tests = [test["beam-3"] for _, _, test in found if test]
         for score in ("CIDEr", "BLEU-4") if tests else ():
