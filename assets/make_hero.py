@@ -1,4 +1,4 @@
-"""Draw hero.png: a photo, its caption by the weights in supravl-nano, and where each word looked.
+"""Draw hero.jpg: a photo, its caption by the weights in supravl-nano, and where each word looked.
 
     python assets/make_hero.py            # from assets/supravl-nano
     python assets/make_hero.py FOLDER     # from a model of your own
@@ -54,5 +54,5 @@ def draw(weights=HERE / "supravl-nano", photo=HERE / "photos" / "dog_grass.jpg",
 if __name__ == "__main__":
     matplotlib.use("agg")
     figure = draw(*sys.argv[1:2])
-    figure.savefig(HERE / "hero.png", dpi=80)
-    print(HERE / "hero.png")
+    figure.savefig(HERE / "hero.jpg", dpi=80, pil_kwargs={"quality": 85})
+    print(HERE / "hero.jpg")

@@ -240,7 +240,7 @@ class OtherLoss(torch.nn.Module):
         return loss + self.naming * wrong.sum(-1).mean()
 
 
-def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, report=print):
+def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None):
     """Train by `recipe`, and describe the model on dev after each stage.
 
     folder: for the weights; checkpoints are kept beside it. besides: for make_model
@@ -252,28 +252,23 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
     losses = {k: besides.pop(k) for k in ("label_smoothing", "naming", "ema") if k in besides}
     train, dev = splits["train"], splits["dev"]
     tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
-    ids = {
-        s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
-    }
     model = make_model(nb, cfg, recipe.seed, **besides)
+    model.tokenizer = tokenizer
     loss_of = OtherLoss(nb, model, train.captions, **losses) if losses else nb.CaptionLoss(model)
     loss_of = loss_of.to(device, memory_format=torch.channels_last)
-    loader = nb.make_loader(train.images, ids["train"], recipe)
+    loader = nb.make_loader(train, tokenizer, recipe)
     if views:
-        images, flip = loader.collate_fn.args
-        augment = other_views(nb, flip, images.shape[-1], **views)
-        loader.collate_fn = nb.partial(nb.make_batch, images, augment)
+        *pair, flip = loader.collate_fn.args
+        augment = other_views(nb, flip, train.images.shape[-1], **views)
+        loader.collate_fn = nb.partial(nb.make_batch, *pair, augment)
 
     def validate(model):
         model = loss_of.averaged.module if "ema" in losses else model
-        return nb.validate(model, dev.images, ids["dev"], precision)
+        return nb.validate(model, dev, precision)
 
     def describe(model):
         scores, _ = nb.evaluate(model, dev, train.captions)
         return {"loss": round(validate(model), 4)} | scores
-
-    def tell(history):
-        report(f"{folder.name}: {history[-1]}")
 
     same = {k: v for k, v in nb.asdict(recipe).items() if not k.startswith("scst")}
     captions = sum(map(len, train.captions))
@@ -282,12 +277,11 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
     name = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cosine = nb.learning_rate
     nb.learning_rate = lambda *at: min_lr + (1 - min_lr / recipe.lr) * cosine(*at)  # ends there
-    model, history = nb.train(
-        loss_of, loader, recipe, validate, precision, folder.parent / f"{name}.pt", tell
-    )
+    print(folder.name)
+    file = folder.parent / f"{name}.pt"
+    model, history = nb.train(loss_of, loader, recipe, validate, precision, file)
     nb.learning_rate = cosine
     model = loss_of.averaged.module.eval() if "ema" in losses else model
-    model.tokenizer = tokenizer
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "history": [[round(h[k], 4) for k in ("train", "val", "seconds")] for h in history],
@@ -301,11 +295,8 @@ def train_row(nb, splits, cfg, recipe, folder, device, precision, besides=None, 
             texts = model.generate_greedy(nb.normalise(dev.images))
             return 100 * np.mean([cider(text, i) for i, text in enumerate(texts)]).item()
 
-        model, history = nb.train_self_critical(
-            model, train.images, train.captions, ids["train"], recipe, dev_score,
-            precision, folder.parent / f"{name}.pt", tell,
-        )  # fmt: skip
-        model.tokenizer = tokenizer
+        file = folder.parent / f"{name}.pt"
+        model, history = nb.train_self_critical(model, train, recipe, dev_score, precision, file)
         found["scst_history"] = [[round(h[k], 4) for k in ("val", "seconds")] for h in history]
         found["dev"]["SCST"] = describe(model)
     model.save_pretrained(folder)
@@ -368,7 +359,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     nb = load_components()
     splits = nb.load_splits(args.flickr8k, cache_dir=args.cache)
-    if nb.fingerprint("\n".join(splits["test"].names)) != nb.FLICKR8K_TEST:
+    if nb.TEST_SPLITS.get(nb.fingerprint("\n".join(splits["test"].names))) != "flickr8k":
         raise SystemExit(f"{args.flickr8k} is not Flickr8k with its standard split")
     if args.row == "baselines":
         results = read_results(args.results)
@@ -385,10 +376,7 @@ def main(args):
     recipe = nb.replace(recipe, **{k: v for k, v in wanted.items() if v is not None})
     word = re.sub(r"[^a-z0-9.]+", "-", args.row.lower())
     folder = Path(args.runs) / f"{word}-{recipe.epochs}-{recipe.seed}"
-    model, found = train_row(
-        nb, splits, nb.Config(), recipe, folder, device, precision, besides,
-        report=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    model, found = train_row(nb, splits, nb.Config(), recipe, folder, device, precision, besides)
     run = {
         "row": args.row, "epochs": recipe.epochs, "seed": recipe.seed,
         "made_by": "tests/ablation.py",

@@ -97,14 +97,10 @@ class Notebook:
         self.splits = nb.load_splits(self.args.data, cfg.IMG_SIZE, self.args.cache)
         train = self.splits["train"]
         self.tokenizer = nb.train_tokenizer([c for own in train.captions for c in own])
-        self.ids = {
-            s: nb.encode_captions(self.tokenizer, part.captions) for s, part in self.splits.items()
-        }
         self.recipe, self.cfg = nb.replace(nb.RECIPES["nano"], epochs=1), cfg
 
     def batches(self):
-        nb, train = self.nb, self.splits["train"]
-        return nb.make_loader(train.images, self.ids["train"], self.recipe)
+        return self.nb.make_loader(self.splits["train"], self.tokenizer, self.recipe)
 
     def first_batch(self):
         next(iter(self.batches()))
@@ -184,8 +180,12 @@ class Straightforward(Notebook):
             transforms.Resize((112, 112)), transforms.ToTensor(),
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ])  # fmt: skip
-        files, names = self.files(), self.splits["train"].names
-        pairs = [(files[n], ids) for n, own in zip(names, self.ids["train"]) for ids in own]
+        files, encode = self.files(), self.nb.encode_captions
+        names, _, captions = self.splits["train"]
+        pairs = [
+            (files[name], ids)
+            for name, own in zip(names, captions) for ids in encode(self.tokenizer, own)
+        ]  # fmt: skip
 
         class Pairs(torch.utils.data.Dataset):
             def __len__(self):

@@ -52,6 +52,15 @@ def tiny(nb):
 
 
 @pytest.fixture(scope="session")
+def numbers(nb):
+    """A tokenizer of `tiny`'s vocabulary, whose texts are ids: "5 7" is 5 and 7."""
+    words = {"<pad>": nb.PAD, "<bos>": nb.BOS, "<eos>": nb.EOS} | {str(i): i for i in range(3, 20)}
+    tokenizer = nb.Tokenizer(nb.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = nb.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def make(nb, tiny):
     """A random model with opinions: `make(seed, VOCAB_SIZE=...)`."""
     torch = nb.torch

@@ -26,7 +26,7 @@ WORDS = "a dog cat boat runs sits sails on the grass lake".split()
 
 
 def world():
-    """(config, recipe, pictures, captions, ids, tokenizer)"""
+    """(config, recipe, split, tokenizer)"""
     cfg = nb.Config(
         D_MODEL=16, N_HEADS=2, N_LAYERS=1, D_FF=32, VIS_CH=8, N_VIS=4, VOCAB_SIZE=270, MAX_SEQ=16,
         IMG_SIZE=16,
@@ -37,7 +37,7 @@ def world():
     tokenizer = nb.train_tokenizer([c for own in captions for c in own], 270)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)
-    return cfg, recipe, images, captions, nb.encode_captions(tokenizer, captions, 16), tokenizer
+    return cfg, recipe, nb.Split(list(range(60)), images, captions), tokenizer
 
 
 def fingerprint(model):
@@ -46,21 +46,18 @@ def fingerprint(model):
 
 
 def train(folder):
-    cfg, recipe, images, _, ids, _ = world()
-    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg))
-    loader = nb.make_loader(images, ids, recipe)
-    check = lambda model: nb.validate(model, images, ids)  # noqa: E731
+    cfg, recipe, split, tokenizer = world()
+    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg, tokenizer=tokenizer))
+    loader = nb.make_loader(split, tokenizer, recipe)
+    check = lambda model: nb.validate(model, split)  # noqa: E731
     model, history = nb.train(loss_of, loader, recipe, check, torch.float32, folder / "x.pt")
     return fingerprint(model) + str([(h["epoch"], h["train"], h["val"]) for h in history])
 
 
 def self_critical(folder):
-    cfg, recipe, images, captions, ids, tokenizer = world()
-    model = nb.MiniVLM(cfg)
-    model.tokenizer = tokenizer
-    model, history = nb.train_self_critical(
-        model, images, captions, ids, recipe, lambda model: 0.0, torch.float32, folder / "x.pt"
-    )
+    cfg, recipe, split, tokenizer = world()
+    model, how = nb.MiniVLM(cfg, tokenizer=tokenizer), (torch.float32, folder / "x.pt")
+    model, history = nb.train_self_critical(model, split, recipe, lambda model: 0.0, *how)
     return fingerprint(model) + str([(h["epoch"], h["train"]) for h in history])
 
 

@@ -128,9 +128,9 @@ def test_vit_has_no_mask(nb, tiny):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trains_and_nothing_frozen_changes(nb, build, pictures, kind):
+def test_trains_and_nothing_frozen_changes(nb, build, pictures, numbers, kind):
     model = build(kind)
-    ids = [[[nb.BOS, 3 + n, 4 + n, 5, nb.EOS]] for n in range(6)]
+    model.tokenizer = numbers
     images, frozen = pictures, getattr(model.vis_enc, "frozen", None)
     before = {k: v.clone() for k, v in frozen[0].state_dict().items()} if frozen else {}
     start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -140,11 +140,10 @@ def test_trains_and_nothing_frozen_changes(nb, build, pictures, kind):
     recipe = nb.Recipe(
         epochs=15, batch_size=6, warmup=3, lr=1e-2, flip=0, scst_epochs=2,
     )  # fmt: skip
-    loader = nb.make_loader(images, ids, recipe)
-    loss_of = nb.CaptionLoss(model)
-    trained, history = nb.train(
-        loss_of, loader, recipe, lambda m: nb.validate(m, images, ids), torch.float32
-    )
+    split = nb.Split([*"abcdef"], images, [[f"{3 + n} {4 + n} 5"] for n in range(6)])
+    loader, loss_of = nb.make_loader(split, numbers, recipe), nb.CaptionLoss(model)
+    check = lambda model: nb.validate(model, split)  # noqa: E731
+    trained, history = nb.train(loss_of, loader, recipe, check, torch.float32)
     assert history[-1]["val"] < 0.7 * history[0]["val"]
     assert type(trained) is getattr(nb, kind)
     same = [k for k, v in trained.state_dict().items() if v.equal(start[k]) and v.dim() > 0]

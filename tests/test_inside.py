@@ -101,7 +101,7 @@ def test_training_mode_is_an_error(nb, model, picture):
 
 def test_words_are_whole_and_use_each_token_once(nb, tokenizer):
     text = "the zebra , the dog ."
-    ids = nb.encode_captions(tokenizer, [[text]])[0][0]
+    [ids] = nb.encode_captions(tokenizer, [text])
     words = nb.split_words(tokenizer, ids)
     assert [word for word, _ in words] == [*text.split(), "<eos>"]
     places = [i for _, at in words for i in range(len(ids) - 1)[at]]
@@ -180,9 +180,12 @@ def test_hiding_matters_where_the_model_looks_and_nowhere_else(nb, model, pictur
 def shown(nb, monkeypatch):
     """What cells display, instead of displaying it."""
     things = []
-    monkeypatch.setattr(nb, "show", lambda figure: (figure.canvas.draw(), things.append(figure)))
-    monkeypatch.setattr(nb, "display", lambda *what: things.extend(what))
-    return things
+    monkeypatch.setattr(
+        nb.plt, "show", lambda: (nb.plt.gcf().canvas.draw(), things.append(nb.plt.gcf()))
+    )
+    monkeypatch.setattr(nb, "display", lambda *what: things.extend(what), raising=False)
+    yield things
+    nb.plt.close("all")
 
 
 def test_the_strongest_cell_is_the_reddest(nb, picture):

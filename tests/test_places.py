@@ -121,6 +121,6 @@ def test_own_pictures(tmp_path, layout):
     settings = {"FLICKR8K_DIR": str(own), "SUPRAVL_PRECISION": "float32"}
     outputs = run(reader, layout == "comma", SUPRAVL_RECIPE="few", **settings)
     text = said(outputs)
-    assert "data: own" in text and "recipe 'few'" in text and "train (44, 3, 112, 112)" in text
+    assert "data: own" in text and "batch_size=20" in text and "train (44, 3, 112, 112)" in text
     assert "same captions: True" in text
     assert ("wrong tokenizer" in text) == (layout == "comma"), "the last section's last output"

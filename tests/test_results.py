@@ -290,11 +290,11 @@ def world(nb):
     return cfg, recipe, splits
 
 
-def train_row(nb, world, folder, report=lambda line: None, besides=None, **change):
+def train_row(nb, world, folder, besides=None, **change):
     import torch
 
     cfg, recipe, splits = world
-    how = (torch.device("cpu"), torch.float32, besides, report)
+    how = (torch.device("cpu"), torch.float32, besides)
     return ablation.train_row(nb, splits, cfg, nb.replace(recipe, **change), folder, *how)
 
 
@@ -309,25 +309,42 @@ def test_a_row_is_trained_scored_and_saved(nb, world, tmp_path):
     assert found["weights"] == ablation.fingerprint(tmp_path / "a" / "model.safetensors")
 
 
-def test_an_interrupted_row_goes_on_to_the_same_weights(nb, world, tmp_path):
-    def stop(line):
-        raise ConnectionError
+@pytest.fixture
+def epochs(nb, monkeypatch):
+    """Lengths of the histories that were saved; with `epochs.stop` set, each ends the training."""
 
+    class Lengths(list):
+        stop = False
+
+    lengths, save = Lengths(), nb.save_checkpoint
+
+    def save_and_tell(path, parts, history):
+        save(path, parts, history)
+        if history:
+            lengths.append(len(history))
+            if lengths.stop:
+                raise ConnectionError
+
+    monkeypatch.setattr(nb, "save_checkpoint", save_and_tell)
+    return lengths
+
+
+def test_an_interrupted_row_goes_on_to_the_same_weights(nb, world, tmp_path, epochs):
     _, whole = train_row(nb, world, tmp_path / "1" / "a")
+    epochs.stop = True
     for _ in range(3):  # after the first epoch, the second, and the self-critical one
         with pytest.raises(ConnectionError):
-            train_row(nb, world, tmp_path / "2" / "a", stop)
-    _, resumed = train_row(nb, world, tmp_path / "2" / "a", stop)  # nothing left to report
+            train_row(nb, world, tmp_path / "2" / "a")
+    _, resumed = train_row(nb, world, tmp_path / "2" / "a")  # nothing left to train
     assert resumed["weights"] == whole["weights"]
 
 
-def test_rows_share_the_training_that_they_have_in_common(nb, world, tmp_path):
-    lines = []
-    train_row(nb, world, tmp_path / "a", lines.append, scst_epochs=0)
-    train_row(nb, world, tmp_path / "b", lines.append)
-    assert len(lines) == 3  # two epochs, and one self-critical one
-    train_row(nb, world, tmp_path / "c", lines.append, scst_epochs=0, lr=1e-3)
-    assert len(lines) == 5
+def test_rows_share_the_training_that_they_have_in_common(nb, world, tmp_path, epochs):
+    train_row(nb, world, tmp_path / "a", scst_epochs=0)
+    train_row(nb, world, tmp_path / "b")
+    assert epochs == [1, 2, 1]  # two epochs, and one self-critical one
+    train_row(nb, world, tmp_path / "c", scst_epochs=0, lr=1e-3)
+    assert epochs[3:] == [1, 2]
 
 
 def test_dropout_drops_while_training_alone(nb, world, tmp_path):
@@ -387,7 +404,9 @@ def test_a_loss_that_was_dropped_by_hand(nb, world):
 
     cfg, recipe, splits = world
     model, train = ablation.make_model(nb, cfg, seed=0), splits["train"]
-    batch = nb.make_batch(train.images, nb.nn.Identity(), [(4, [1, 5, 6, 2]), (0, [1, 7, 2])])
+    tokenizer = nb.train_tokenizer(sum(train.captions, []), cfg.VOCAB_SIZE)
+    pairs = [(4, "a red ball"), (0, "snow")]
+    batch = nb.make_batch(train.images, tokenizer, nb.nn.Identity(), pairs)
     loss_of = ablation.OtherLoss(nb, model.eval(), train.captions, 0.3, 0.25)
     with torch.no_grad():
         x = model.vis_enc(nb.normalise(batch.images))

@@ -25,33 +25,29 @@ def world(nb):
     images = torch.zeros(80, 3, 16, 16, dtype=torch.uint8)
     images[:40, :, :, :8], images[40:, :, :, 8:] = 255, 255
     tokenizer = nb.train_tokenizer([c for own in captions for c in own], 275)
-    ids = nb.encode_captions(tokenizer, captions, cfg.MAX_SEQ)
+    split = nb.Split([f"{i}.jpg" for i in range(80)], images, captions)
     torch.manual_seed(0)
-    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg))
-    loader = nb.make_loader(images, ids, recipe)
+    loss_of = nb.CaptionLoss(nb.MiniVLM(cfg, tokenizer=tokenizer))
+    loader = nb.make_loader(split, tokenizer, recipe)
     model, _ = nb.train(loss_of, loader, recipe, None, torch.float32)
-    model.tokenizer = tokenizer
-    return model, recipe, images, captions, ids, tokenizer
+    return model, recipe, split
 
 
-def go(nb, world, checkpoint=None, report=None, captions=None, ids=None, **change):
-    model, recipe, images, *texts, _ = world
-    captions, ids = captions or texts[0], ids or texts[1]
-    return nb.train_self_critical(
-        model, images, captions, ids, nb.replace(recipe, **change), lambda m: 0.0,
-        torch.float32, checkpoint, report,
-    )  # fmt: skip
+def go(nb, world, checkpoint=None, split=None, **change):
+    model, recipe, everything = world
+    more = nb.replace(recipe, **change), lambda model: 0.0, torch.float32, checkpoint
+    return nb.train_self_critical(model, split or everything, *more)
 
 
 def drawn(nb, world, model):
     """The share of the common caption among those drawn for the first kind of pictures."""
-    _, _, images, captions, _, tokenizer = world
+    _, _, split = world
     torch.manual_seed(0)
     with torch.no_grad():
-        x = model.vis_enc(nb.normalise(images[:4]))
-    cider = nb.CiderD(captions)
+        x = model.vis_enc(nb.normalise(split.images[:4]))
+    cider = nb.CiderD(split.captions)
     ids, scores = nb.write_and_score(model, x, torch.arange(4), cider, 50, 1.0)
-    texts = tokenizer.decode_batch(ids.tolist())
+    texts = model.tokenizer.decode_batch(ids.tolist())
     return sum(text.strip() == COMMON for text in texts) / len(texts), scores.mean().item()
 
 
@@ -61,18 +57,18 @@ def same(a, b):
 
 
 def test_what_is_drawn_and_its_score(nb, world):
-    model, _, images, captions, _, tokenizer = world
+    model, _, (_, images, captions) = world
     x, cider = model.vis_enc(nb.normalise(images[[0, 50, 1]])), nb.CiderD(captions)
     torch.manual_seed(0)
     ids, scores = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, 40, 2.0)
     assert ids.shape[0] == 120 and (ids[:, 0] == nb.BOS).all() and scores.shape == (3, 40)
-    texts = tokenizer.decode_batch(ids.tolist())
+    texts = model.tokenizer.decode_batch(ids.tolist())
     for row, text in enumerate(texts):
         picture = (0, 50, 1)[row // 40]
         assert scores.flatten()[row].item() == pytest.approx(cider(text, picture), rel=1e-5)
     assert len(set(texts)) > 3
     colder = nb.write_and_score(model, x, torch.tensor([0, 50, 1]), cider, 40, 0.1)[0]
-    assert len(set(tokenizer.decode_batch(colder.tolist()))) == 2, "one for each kind"
+    assert len(set(model.tokenizer.decode_batch(colder.tolist()))) == 2, "one for each kind"
 
 
 def test_advantages_leave_one_out(nb):
@@ -81,13 +77,14 @@ def test_advantages_leave_one_out(nb):
 
 
 def batch_of(nb, world, numbers):
-    _, _, images, _, ids, _ = world
-    return nb.make_batch(images, nb.nn.Identity(), [(n, ids[n][n % 5]) for n in numbers])
+    model, _, split = world
+    pairs = [(n, split.captions[n][n % 5]) for n in numbers]
+    return nb.make_batch(split.images, model.tokenizer, nb.nn.Identity(), pairs)
 
 
 def test_the_loss_by_hand(nb, world, monkeypatch):
     """Own captions at their temperature, weighed by advantage; people's, of the same picture."""
-    model, _, images, captions, _, _ = world
+    model, _, (_, images, captions) = world
     own = torch.tensor([[1, 7, 8, 2], [1, 9, 2, 0], [1, 5, 5, 2], [1, 6, 2, 0]])
     scores, asked = torch.tensor([[3.0, 1.0], [0.0, 2.0]]), []
 
@@ -116,7 +113,7 @@ def test_the_loss_by_hand(nb, world, monkeypatch):
 
 def test_captions_that_all_score_alike_teach_nothing(nb, world, monkeypatch):
     """What rounding leaves of their advantages must not be scaled up to the size of real ones."""
-    model, _, _, captions, _, _ = world
+    model, _, (_, _, captions) = world
     own = torch.tensor([[1, 7, 8, 2], [1, 9, 9, 2]]).repeat(2, 1)
     loss_of, losses = nb.SelfCriticalLoss(model, captions), []
     for scores in (torch.full((2, 2), 0.1), 0.1 + 1e-7 * torch.tensor([[0.0, 1], [0, 1]])):
@@ -141,12 +138,12 @@ def test_it_learns_to_write_what_scores_well(nb, world):
 
 def test_it_trains_as_section_7_does_with_its_own_numbers(nb, world, monkeypatch):
     """`train` clips, mirrors, lowers the learning rate: all that is tested elsewhere."""
-    model, recipe, images, _, ids, _ = world
+    model, recipe, split = world
     calls = []
     monkeypatch.setattr(nb, "train", lambda *args: calls.append(args))
-    go(nb, world, "file", "report", flip=1.0, scst_lr=0.02, scst_epochs=5)
+    go(nb, world, "file", flip=1.0, scst_lr=0.02, scst_epochs=5)
     loss_of, loader, used, validate, precision, *rest = calls[0]
-    assert rest == ["file", "report"] and precision == torch.float32 and validate(None) == 0
+    assert rest == ["file"] and precision == torch.float32 and validate(None) == 0
     assert (used.epochs, used.lr, used.seed) == (5, 0.02, recipe.seed)
     assert used.warmup == 20
     assert same(loss_of.model, model) and loss_of.model is not model
@@ -162,20 +159,23 @@ def test_it_trains_as_section_7_does_with_its_own_numbers(nb, world, monkeypatch
         for image, number in zip(batch.images, batch.numbers.tolist()):
             assert image[0, 9, -1] == (255 if number < 40 else 0), "mirrored"
         for row, number in zip(batch.ids, batch.numbers):
-            assert row[row != 0].tolist() in ids[number]
+            text = model.tokenizer.decode(row.tolist())
+            assert text in split.captions[number] and row[row != 0][-1] == nb.EOS
 
 
-def test_interrupted_it_goes_on_as_if_nothing_had_been(nb, world, tmp_path):
+def test_interrupted_it_goes_on_as_if_nothing_had_been(nb, world, tmp_path, monkeypatch):
     whole, history = go(nb, world)
-    file = tmp_path / "scst.pt"
+    file, save = tmp_path / "scst.pt", nb.save_checkpoint
 
-    def pull_the_plug(history):
-        if len(history) < 3:
+    def pull_the_plug(path, parts, history):
+        save(path, parts, history)
+        if 0 < len(history) < 3:
             raise ConnectionError
 
+    monkeypatch.setattr(nb, "save_checkpoint", pull_the_plug)
     for _ in range(2):
         with pytest.raises(ConnectionError):
-            go(nb, world, file, pull_the_plug)
+            go(nb, world, file)
     resumed, again = go(nb, world, file)
     assert same(whole, resumed) and [h["train"] for h in again] == [h["train"] for h in history]
     file.write_bytes(file.read_bytes()[:1000])
@@ -184,8 +184,8 @@ def test_interrupted_it_goes_on_as_if_nothing_had_been(nb, world, tmp_path):
 
 
 def test_a_picture_with_one_caption_and_no_epochs_at_all(nb, world):
-    few = {"captions": [own[:1] for own in world[3]], "ids": [own[:1] for own in world[4]]}
-    _, history = go(nb, world, scst_epochs=1, **few)
+    few = world[2]._replace(captions=[own[:1] for own in world[2].captions])
+    _, history = go(nb, world, scst_epochs=1, split=few)
     assert len(history) == 1 and abs(history[0]["train"]) < 100
     model, history = go(nb, world, scst_epochs=0)
     assert history == [] and same(model, world[0])

@@ -15,13 +15,20 @@ PLAIN = {
 
 
 @pytest.fixture(scope="module")
-def data():
-    """Nine small pictures, each with four captions of one to six tokens of the ids 3 to 19."""
+def data(nb, numbers):
+    """Nine small pictures, each with four captions of one to six numbers from 3 to 19; tokenizer"""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
     lengths = torch.randint(1, 7, (9, 4)).tolist()
-    token_ids = [[[1, *torch.randint(3, 20, (n,)).tolist(), 2] for n in own] for own in lengths]
-    return images, token_ids
+    captions = [
+        [" ".join(map(str, torch.randint(3, 20, (n,)).tolist())) for n in own] for own in lengths
+    ]
+    return nb.Split([f"{n}.jpg" for n in range(9)], images, captions), numbers
+
+
+def ids_of(caption):
+    """What the test's tokenizer makes of a caption, its ends included."""
+    return [1, *map(int, caption.split()), 2]
 
 
 @pytest.fixture
@@ -30,21 +37,21 @@ def recipe(nb):
 
 
 @pytest.fixture
-def model(nb, tiny):
+def model(nb, tiny, numbers):
     torch.manual_seed(0)
-    return nb.MiniVLM(tiny)
+    return nb.MiniVLM(tiny, tokenizer=numbers)
 
 
 @pytest.fixture
 def train(nb, tiny, data):
     """train(recipe, checkpoint=..., change=...) from the same start: (model, history)."""
 
-    def start(recipe, checkpoint=None, report=None, precision=torch.float32, validate=None):
+    def start(recipe, checkpoint=None, precision=torch.float32, validate=None):
         torch.manual_seed(5)
-        loss_of = nb.CaptionLoss(nb.MiniVLM(tiny))
+        loss_of = nb.CaptionLoss(nb.MiniVLM(tiny, tokenizer=data[1]))
         loader = nb.make_loader(*data, recipe)
-        check = validate or (lambda model: nb.validate(model, *data))
-        return nb.train(loss_of, loader, recipe, check, precision, checkpoint, report)
+        check = validate or (lambda model: nb.validate(model, data[0]))
+        return nb.train(loss_of, loader, recipe, check, precision, checkpoint)
 
     return start
 
@@ -75,37 +82,40 @@ def plain_losses(nb, model, image, ids):
 
 
 def test_loss_and_validation_are_means_over_tokens(nb, make, data):
-    model, (images, token_ids) = make(), data
+    model, (split, tokenizer) = make(), data
+    model.tokenizer = tokenizer
     with torch.no_grad():
         losses = [
-            plain_losses(nb, model, image, ids)
-            for image, own in zip(images, token_ids) for ids in own
+            plain_losses(nb, model, image, ids_of(caption))
+            for image, own in zip(split.images, split.captions) for caption in own
         ]  # fmt: skip
         expected = torch.cat(losses).mean()
-        pairs = [(n, ids) for n, own in enumerate(token_ids) for ids in own]
-        batch = nb.make_batch(images, nb.nn.Identity(), pairs)
+        pairs = [(n, caption) for n, own in enumerate(split.captions) for caption in own]
+        batch = nb.make_batch(split.images, tokenizer, nb.nn.Identity(), pairs)
         torch.testing.assert_close(nb.CaptionLoss(model)(*batch), expected)
     for size in (2, 9):
         model.train()
-        loss = nb.validate(model, images[:size], token_ids[:size])
+        loss = nb.validate(model, nb.Split(*(part[:size] for part in split)))
         part = torch.cat(losses[: 4 * size]).mean().item()
         assert loss == pytest.approx(part, rel=1e-5) and not model.training
 
 
 def test_make_batch(nb, data):
-    images, token_ids = data
-    pairs = [(n, token_ids[n][k]) for n, k in ((3, 0), (5, 1), (3, 2), (0, 3))]
-    batch = nb.make_batch(images, nb.nn.Identity(), pairs)
+    split, tokenizer = data
+    pairs = [(n, split.captions[n][k]) for n, k in ((3, 0), (5, 1), (3, 2), (0, 3))]
+    batch = nb.make_batch(split.images, tokenizer, lambda x: 255 - x, pairs)
     assert batch.numbers.tolist() == [3, 5, 3, 0]
-    assert torch.equal(batch.images, images[batch.numbers])
+    assert torch.equal(batch.images, 255 - split.images[batch.numbers])
     assert len(batch.ids) == 4 and (batch.ids.shape[1] - 1) % 8 == 0
-    for row, (_, ids) in zip(batch.ids, pairs):
+    for row, (_, caption) in zip(batch.ids, pairs):
+        ids = ids_of(caption)
         assert row[: len(ids)].tolist() == ids and not row[len(ids) :].any()
 
 
 def test_padding_changes_neither_loss_nor_gradients(nb, make, data):
-    images, token_ids = data
-    batch = nb.make_batch(images, nb.nn.Identity(), [(n, token_ids[n][0]) for n in range(3)])
+    split, tokenizer = data
+    pairs = [(n, split.captions[n][0]) for n in range(3)]
+    batch = nb.make_batch(split.images, tokenizer, nb.nn.Identity(), pairs)
     wider = batch._replace(ids=F.pad(batch.ids, (0, 1)))
     results = []
     for part in (batch, wider._replace(ids=wider.ids[:, :9])):
@@ -129,15 +139,15 @@ def order_of(loader):
 
 
 def test_each_caption_once_an_epoch_with_its_own_picture(nb, data, recipe):
-    images, token_ids = data
+    split, _ = data
     loader, orders = nb.make_loader(*data, recipe), []
     for epoch in (0, 1, 0):
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            assert torch.equal(batch.images, images[batch.numbers])
+            assert torch.equal(batch.images, split.images[batch.numbers])
         orders.append(order_of(loader))
         assert [len(part) for part in orders[-1]] == [4] * 9 and len(loader) == 9
-        everything = [(n, ids) for n, own in enumerate(token_ids) for ids in own]
+        everything = [(n, ids_of(c)) for n, own in enumerate(split.captions) for c in own]
         assert sorted(sum(orders[-1], [])) == sorted(everything)
     assert orders[0] == orders[2] != orders[1], "an epoch comes back alike, others differ"
     assert order_of(nb.make_loader(*data, nb.replace(recipe, seed=7))) not in orders
@@ -149,21 +159,33 @@ def test_processes_share_each_batch(nb, data, recipe):
     assert [sorted(a + b) for a, b in zip(first, second)] == [sorted(part) for part in whole]
 
 
-def test_pictures_and_captions_must_fit(nb, data):
-    images, token_ids = data
-    with pytest.raises(ValueError, match="9 .*5"):
-        nb.make_loader(images, token_ids[:5], nb.Recipe())
-    batch = nb.make_batch(images, lambda x: 255 - x, [(4, token_ids[4][2]), (1, [1, 2])])
-    assert torch.equal(batch.images, 255 - images[[4, 1]])
+def test_long_captions_are_cut_alike_in_training_and_validation(nb, make, data):
+    """At as many tokens as the model has positions: the last one's guess still counts."""
+    split, tokenizer = data
+    model, long = make(MAX_SEQ=6), " ".join(map(str, range(3, 16)))  # 13 words and both ends
+    model.tokenizer = tokenizer
+    with torch.no_grad():
+        expected = plain_losses(nb, model, split.images[0], ids_of(long)[:7]).mean()
+        batch = nb.make_batch(split.images, tokenizer, nb.nn.Identity(), [(0, long)])
+        torch.testing.assert_close(nb.CaptionLoss(model)(*batch), expected)
+    loss = nb.validate(model, nb.Split(["0.jpg"], split.images[:1], [[long, long]]))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_values_that_the_recipe_lets_pass_are_refused_by_name(nb, data):
+    with pytest.raises(ValueError, match="batch_size"):
+        nb.make_loader(*data, nb.Recipe(batch_size=0))
+    with pytest.raises(ValueError, match=r"\[0\.?0?, 1\.?0?\]"):
+        nb.make_loader(*data, nb.Recipe(flip=1.5))
 
 
 def test_mirror_images(nb, recipe, data):
     """Off, a picture comes as it is; on, each alone is mirrored, as often as was asked."""
     torch.manual_seed(0)
-    images, token_ids = data
+    images = data[0].images
     pairs = [4 * (i % 4) for i in range(400)]  # a caption of each of the first four
     for flip in (0, 0.3):
-        loader = nb.make_loader(images, token_ids, nb.replace(recipe, flip=flip))
+        loader = nb.make_loader(*data, nb.replace(recipe, flip=flip))
         seen = loader.collate_fn([loader.dataset[n] for n in pairs]).images
         mirrored = [not torch.equal(x, images[n // 4]) for x, n in zip(seen, pairs)]
         assert abs(sum(mirrored) / 400 - flip) < 0.1 and (flip or not any(mirrored))
@@ -222,7 +244,7 @@ def test_an_epoch_is_what_one_would_write_by_hand(nb, tiny, data, recipe, train)
         if not is_noise(key):
             torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5, msg=key)
     assert not ours.training and len(history) == 1
-    assert history[0]["val"] == pytest.approx(nb.validate(ours, *data), rel=1e-5)
+    assert history[0]["val"] == pytest.approx(nb.validate(ours, data[0]), rel=1e-5)
     assert ours.lm_head.weight is ours.tok_emb.weight
 
 
@@ -263,10 +285,8 @@ def test_every_epoch_has_its_own_order_and_is_in_training_mode(nb, tiny, data, r
         nb.make_loader(*data, recipe),
         [],
     )
-    model, _ = nb.train(
-        loss_of, loader, recipe, lambda model: 0.0, torch.float32, None,
-        lambda history: epochs.append(loader.sampler.epoch),
-    )  # fmt: skip
+    measure = lambda model: epochs.append(loader.sampler.epoch) or 0.0  # noqa: E731
+    model, _ = nb.train(loss_of, loader, recipe, measure, torch.float32)
     assert epochs == [0, 1, 2]
     assert model.vis_enc.conv1[1].num_batches_tracked == 3 * len(loader)
 
@@ -301,7 +321,10 @@ def test_interrupted_training_ends_at_the_same_weights(
         if counter[0] == n:
             raise PulledThePlug
 
-    def report(history):
+    save = nb.save_checkpoint
+
+    def stopping_save(path, parts, history):
+        save(path, parts, history)
         if len(history) in {"after an epoch": (2,), "all of them": (1, 2, 3)}.get(where, ()):
             raise PulledThePlug
 
@@ -315,9 +338,10 @@ def test_interrupted_training_ends_at_the_same_weights(
 
     monkeypatch.setattr(nb, "learning_rate", rate)
     monkeypatch.setattr(nb.os, "replace", stopping_replace)
+    monkeypatch.setattr(nb, "save_checkpoint", stopping_save)
     for _attempt in range(9):
         try:
-            resumed, again = train(noisy, file, report)
+            resumed, again = train(noisy, file)
             break
         except PulledThePlug:
             continue
@@ -325,7 +349,7 @@ def test_interrupted_training_ends_at_the_same_weights(
     assert same(whole, resumed)
     keys = ("epoch", "train", "val")
     assert [[h[key] for key in keys] for h in again] == [[h[key] for key in keys] for h in history]
-    finished, _ = train(noisy, file, lambda history: pytest.fail("trained again"))
+    finished, _ = train(noisy, file, validate=lambda model: pytest.fail("trained again"))
     assert same(whole, finished) and [f.name for f in file.parent.iterdir()] == ["x.pt"]
 
 

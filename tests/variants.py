@@ -105,13 +105,13 @@ def keep_features(nb, eye, splits, cfg, cache, what=""):
     return kept
 
 
-def describe(nb, model, split, images, ids, train_captions):
+def describe(nb, model, split, train_captions):
     """Loss, and scores of greedy and beam-3 captions."""
-    found, loss = {}, nb.validate(model, images, ids)
+    found, loss = {}, nb.validate(model, split)
     with torch.no_grad():
         for how, write in (("greedy", nb.sample), ("beam-3", nb.beam_search)):
             texts = []
-            for part in images.split(100):
+            for part in split.images.split(100):
                 seen = model.vis_enc(nb.as_input(part.to(model.pos_emb.weight.device)))
                 texts += model.tokenizer.decode_batch(write(model, seen).tolist())
             texts = [text.strip() for text in texts]
@@ -119,7 +119,7 @@ def describe(nb, model, split, images, ids, train_captions):
     return {"loss": round(loss, 4)} | found
 
 
-def train_row(nb, args, report=print):
+def train_row(nb, args):
     """Train and score one row: (model, its entry)."""
     started = time.perf_counter()
     _, _, eye, epochs, scst = ROWS[args.row]
@@ -131,50 +131,45 @@ def train_row(nb, args, report=print):
     precision = getattr(torch, args.precision) if args.precision else nb.pick_precision(device)
     splits = nb.load_splits(args.flickr8k, cfg.IMG_SIZE, args.cache)
     train = splits["train"]
-    images = {name: split.images for name, split in splits.items()}
     recipe = nb.replace(nb.RECIPES["nano"], seed=args.seed, epochs=epochs, scst_epochs=scst)
     if args.row in FEW:  # small batches, or there would be few steps
         recipe = nb.replace(recipe, batch_size=20)
     model = model.to(device)
     if eye == "lite0":
-        images = keep_features(nb, model.vis_enc, splits, cfg, args.cache)
+        kept = keep_features(nb, model.vis_enc, splits, cfg, args.cache)
         recipe = nb.replace(recipe, **PLAIN)
     minutes = {"features and pictures": (time.perf_counter() - started) / 60}
     if args.row in MIRRORED:
         mirrored = {"train": train._replace(images=train.images.flip(-1))}
         mirrored = keep_features(nb, model.vis_enc, mirrored, cfg, args.cache, "mirrored ")["train"]
-        images = images | {"train": torch.cat([images["train"], mirrored])}
-        train = nb.Split(train.names * 2, images["train"], train.captions * 2)
-        splits = splits | {"train": train}
+        kept = kept | {"train": torch.cat([kept["train"], mirrored])}
+        splits["train"] = nb.Split(train.names * 2, kept["train"], train.captions * 2)
+    if eye == "lite0":
+        splits = {name: split._replace(images=kept[name]) for name, split in splits.items()}
     if args.row in FEW:
-        names, _, captions = (part[: FEW[args.row]] for part in train)
-        images = images | {"train": images["train"][: len(names)]}
-        train = nb.Split(names, images["train"], [own[:1] for own in captions])
-        splits = splits | {"train": train}
+        names, images, captions = (part[: FEW[args.row]] for part in splits["train"])
+        splits["train"] = nb.Split(names, images, [own[:1] for own in captions])
+    train, dev = splits["train"], splits["dev"]
     tokenizer = nb.train_tokenizer([c for own in train.captions for c in own], cfg.VOCAB_SIZE)
-    ids = {
-        s: nb.encode_captions(tokenizer, part.captions, cfg.MAX_SEQ) for s, part in splits.items()
-    }
+    model.tokenizer = tokenizer
     loss_of = nb.CaptionLoss(model).to(device)
-    loader = nb.make_loader(images["train"], ids["train"], recipe)
+    loader = nb.make_loader(train, tokenizer, recipe)
     word = re.sub(r"[^a-z0-9]+", "-", args.row.lower())
     folder = Path(args.runs) / f"{word}-{epochs}-{args.seed}"
 
-    def tell(history):
-        report(f"{folder.name}: {history[-1]}")
+    def check(model):
+        return nb.validate(model, dev, precision)
 
     def judge(stage):
-        model.tokenizer = tokenizer
         sets = ["dev", "test"] if args.test else ["dev"]
         for s in sets:
-            found = describe(nb, model, splits[s], images[s], ids[s], train.captions)
+            found = describe(nb, model, splits[s], train.captions)
             entry.setdefault(s, {})[stage] = found
-            report(f"{folder.name} {stage} {s}: {found}")
+            print(f"{folder.name} {stage} {s}: {found}")
 
-    model, history = nb.train(
-        loss_of, loader, recipe, lambda m: nb.validate(m, images["dev"], ids["dev"], precision),
-        precision, folder.with_suffix(".ce.pt"), tell,
-    )  # fmt: skip
+    print(folder.name)
+    file = folder.with_suffix(".ce.pt")
+    model, history = nb.train(loss_of, loader, recipe, check, precision, file)
     minutes["CE"] = sum(h["seconds"] for h in history) / 60
     entry = {
         "row": args.row, "epochs": epochs, "scst_epochs": scst, "seed": args.seed,
@@ -186,16 +181,12 @@ def train_row(nb, args, report=print):
         },
         "history": [[round(h[k], 4) for k in ("train", "val", "seconds")] for h in history],
     }  # fmt: skip
-    part = images["train"][:1000], ids["train"][:1000]
-    entry["train loss"] = round(nb.validate(model, *part, precision), 4)  # without augmentation
+    part = nb.Split(*(part[:1000] for part in train))
+    entry["train loss"] = round(nb.validate(model, part, precision), 4)  # without augmentation
     judge("CE")
     if scst:
-        model.tokenizer = tokenizer
-        model, history = nb.train_self_critical(
-            model, images["train"], train.captions, ids["train"], recipe,
-            lambda m: nb.validate(m, images["dev"], ids["dev"], precision), precision,
-            folder.with_suffix(f".scst{scst}.pt"), tell,
-        )  # fmt: skip
+        file = folder.with_suffix(f".scst{scst}.pt")
+        model, history = nb.train_self_critical(model, train, recipe, check, precision, file)
         minutes["SCST"] = sum(h["seconds"] for h in history) / 60
         entry["scst_history"] = [[round(h[k], 4) for k in ("val", "seconds")] for h in history]
         judge("SCST")
