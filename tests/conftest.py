@@ -80,6 +80,18 @@ def make(nb, tiny):
     return build
 
 
+def plain_greedy(model, img, max_new=48):
+    """The likeliest token of one picture (1, 3, H, W) at each step, all read anew: ids."""
+    import torch
+
+    ids = [1]
+    with torch.no_grad():
+        img_tokens = model.vis_enc(img)
+        while len(ids) <= min(max_new, model.cfg.MAX_SEQ) and ids[-1] != 2:
+            ids.append(model.text_logits(img_tokens, torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[1:]
+
+
 @pytest.fixture(scope="session")
 def pictures(nb):
     """Six pictures of a few colours that a random encoder can tell apart, uint8 (6, 3, 16, 16)."""

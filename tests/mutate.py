@@ -86,7 +86,8 @@ MUTATIONS = {
     ],
     "test_training": [
         ("augment(images[i])", "images[i]"),
-        ("for i, own in enumerate(split.captions) for caption in own]", "for i, own in enumerate(split.captions) for caption in own[:1]]"),
+        ("for i, (own, _) in enumerate(both) for caption in own]", "for i, (own, _) in enumerate(both) for caption in own[:1]]"),
+        ("split.images, strict=True)", "split.images)"),
         ("        ids = ids[:, : self.model.cfg.MAX_SEQ + 1]  # cuts", "        ids = ids[:, : self.model.cfg.MAX_SEQ]  # cuts"),
         ("batch.ids[:, 1 : model.cfg.MAX_SEQ + 1]", "batch.ids[:, 1:]"),
         ("length = 1 + 8 * math.ceil((max(map(len, rows)) - 1) / 8)", "length = max(map(len, rows))"),

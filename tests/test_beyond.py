@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import plain_greedy
 from torch import nn
 
 KINDS = ["ViTVLM", "CrossAttentionVLM", "TwoWayVLM", "FrozenVLM"]
@@ -60,7 +61,7 @@ def test_cached_equals_plain_and_batched_equals_alone(nb, build, img, kind):
         tokens = model.vis_enc(img)
     assert tokens.shape == (6, 4, 16)
     greedy = as_list(nb, nb.sample(model, tokens).tolist())
-    assert greedy == as_list(nb, [nb.plain_greedy(model, one[None]) for one in img])
+    assert greedy == as_list(nb, [plain_greedy(model, one[None]) for one in img])
     written |= set(map(tuple, greedy))
     for width in (1, 3):
         best = as_list(nb, nb.beam_search(model, tokens, beam_width=width).tolist())

@@ -172,11 +172,18 @@ def test_long_captions_are_cut_alike_in_training_and_validation(nb, make, data):
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_values_that_the_recipe_lets_pass_are_refused_by_name(nb, data):
+def test_what_does_not_fit_is_refused(nb, data):
     with pytest.raises(ValueError, match="batch_size"):
         nb.make_loader(*data, nb.Recipe(batch_size=0))
     with pytest.raises(ValueError, match=r"\[0\.?0?, 1\.?0?\]"):
         nb.make_loader(*data, nb.Recipe(flip=1.5))
+    split, tokenizer = data
+    for images, captions in (
+        (split.images, split.captions[:5]),
+        (split.images[:5], split.captions),
+    ):
+        with pytest.raises(ValueError, match="zip.*(shorter|longer)"):
+            nb.make_loader(nb.Split(split.names, images, captions), tokenizer, nb.Recipe())
 
 
 def test_mirror_images(nb, recipe, data):
