@@ -165,11 +165,14 @@ def test_long_captions_are_cut_alike_in_training_and_validation(nb, make, data):
     model, long = make(MAX_SEQ=6), " ".join(map(str, range(3, 16)))  # 13 words and both ends
     model.tokenizer = tokenizer
     with torch.no_grad():
-        expected = plain_losses(nb, model, split.images[0], ids_of(long)[:7]).mean()
+        losses = plain_losses(nb, model, split.images[0], ids_of(long)[:7])
         batch = nb.make_batch(split.images, tokenizer, nb.nn.Identity(), [(0, long)])
-        torch.testing.assert_close(nb.CaptionLoss(model)(*batch), expected)
-    loss = nb.validate(model, nb.Split(["0.jpg"], split.images[:1], [[long, long]]))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(nb.CaptionLoss(model)(*batch), losses.mean())
+        short = plain_losses(nb, model, split.images[0], ids_of("4"))
+    captions = [[long] * 9 + ["4"] * 45]  # more than a batch, so that their tokens are counted
+    loss = nb.validate(model, nb.Split(["0.jpg"], split.images[:1], captions))
+    expected = (9 * losses.sum() + 45 * short.sum()) / (9 * 6 + 45 * 2)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_what_does_not_fit_is_refused(nb, data):
