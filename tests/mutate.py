@@ -162,7 +162,6 @@ MUTATIONS = {
         (' | ({"variant": self.variant} if self.variant else {})', ""),
         ("special != [PAD, BOS, EOS] or ", ""),
         ("tokenizer.get_vocab_size() > cfg.VOCAB_SIZE", "False"),
-        ("    model.tokenizer.encode_special_tokens = True\n", ""),
         ("model.to(device, torch.float32).eval()", "model.to(device, torch.float32)"),
         ("revision=revision, allow_patterns=files", "allow_patterns=files"),
         ("exist_ok=True)\n        return HfApi", "exist_ok=False)\n        return HfApi"),
