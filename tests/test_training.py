@@ -1,5 +1,6 @@
 """Training: the loss, the batches, the schedule, and that an interruption changes nothing."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NOTEBOOK
 
 CPU = torch.device("cpu")
 PLAIN = {
@@ -413,3 +415,11 @@ def test_a_checkpoint_belongs_to_what_it_is_made_from(nb, recipe, tmp_path):
     }
     assert len(paths) == 4 and {path.parent for path in paths} == {tmp_path}
     assert nb.checkpoint_path(tmp_path, "x", recipe) in paths
+
+
+def test_section_7s_checkpoint_is_tied_to_all_that_it_is_made_from():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    cell = next(c for c in map("".join, (c["source"] for c in cells)) if '{data_name}-train"' in c)
+    made_from = " ".join(line for line in cell.split("\n") if line.startswith("made_from"))
+    for part in ("str(loss_of)", "cfg", "recipe", "precision", "names", "captions", "tokenizer.to"):
+        assert part in made_from, part
