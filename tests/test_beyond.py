@@ -65,7 +65,7 @@ def test_cached_equals_plain_and_batched_equals_alone(nb, build, img, kind):
     written |= set(map(tuple, greedy))
     for width in (1, 3):
         best = as_list(nb, nb.beam_search(model, tokens, beam_width=width).tolist())
-        alone = [nb.plain_beam(model, one[None], width)[0][1] for one in img]
+        alone = [nb.plain_beam(model, one[None], 48, width)[0][1] for one in tokens]
         assert best == as_list(nb, alone)
         written |= set(map(tuple, best))
     assert len(written) > 3  # else nothing was compared

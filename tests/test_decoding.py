@@ -57,11 +57,22 @@ def test_batched_beams_equal_plain_beams(nb, eyes, img, seed, width):
     model, x = eyes[seed]
     fast = sentences(nb.beam_search(model, x, beam_width=width))
     for n in range(6):
-        beams = nb.plain_beam(model, img[n : n + 1], beam_width=width)
+        beams = nb.plain_beam(model, x[n : n + 1], beam_width=width)
         assert fast[n] == beams[0][1]
         assert len(beams) == width and beams == sorted(beams, key=lambda beam: -beam[0])
         for total, ids in beams:
             assert total == pytest.approx(score(model, x[n : n + 1], ids), rel=1e-4, abs=1e-4)
+
+
+def test_one_by_one_and_batched_beams_are_the_same_method(nb, captioner, img, monkeypatch):
+    assert nb.MiniVLM.search is nb.beam_search
+    hows = ({}, {"beam_width": 9, "max_new": 5}, {"beam_width": 5, "length_penalty": 1.5})
+    fast = [captioner.generate_beam(img, **how) for how in hows]
+    monkeypatch.setattr(nb.MiniVLM, "search", nb.one_by_one)
+    calls, search = [], nb.plain_beam
+    monkeypatch.setattr(nb, "plain_beam", lambda *args: calls.append(args) or search(*args))
+    assert [captioner.generate_beam(img, **how) for how in hows] == fast
+    assert len(calls) == 18 and captioner.generate_beam(img[:0]) == []
 
 
 def test_beams_keep_their_pictures(nb, tiny, img):
@@ -82,8 +93,9 @@ def test_beams_keep_their_pictures(nb, tiny, img):
     model = Reads(tiny, Pixels()).eval()
     with torch.no_grad():
         model.tok_emb.weight.normal_()
-        fast = sentences(nb.beam_search(model, model.vis_enc(img), beam_width=3))
-    assert fast == [nb.plain_beam(model, img[n : n + 1], 3)[0][1] for n in range(6)]
+        x = model.vis_enc(img)
+    fast = sentences(nb.beam_search(model, x, beam_width=3))
+    assert fast == [nb.plain_beam(model, x[n : n + 1], 48, 3)[0][1] for n in range(6)]
     assert len(set(map(tuple, fast))) > 2
 
 
@@ -118,7 +130,7 @@ def test_length_penalty_by_the_formula(nb, eyes, img):
         for penalty in (0.7, 1.5):
             fast = sentences(nb.beam_search(model, x, 48, 5, length_penalty=penalty))
             for n in range(6):
-                beams = nb.plain_beam(model, img[n : n + 1], 5)
+                beams = nb.plain_beam(model, x[n : n + 1], 48, 5)
                 if any(nb.PAD in ids for _, ids in beams):
                     continue  # a <pad> that the model itself writes does not count as length
                 best = max(beams, key=lambda beam: beam[0] / len(beam[1]) ** penalty)

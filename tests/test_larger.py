@@ -127,7 +127,7 @@ def child(folder, what="pictures"):
     else:  # two epochs of six steps
         shards = sorted(map(str, folder.glob("*.tar")))
         read, read_shard = [], nb.read_shard
-        nb.read_shard = lambda shard, *how: (read.append(shard), read_shard(shard, *how))[1]
+        nb.read_shard = lambda shard, **how: (read.append(shard), read_shard(shard, **how))[1]
         recipe, how = nb.replace(recipe, epochs=2), {"shards": shards, "per_epoch": 2, "steps": 6}
         model, _ = nb.train_everywhere(recipe, small(nb), folder / "more", folder / "more", **how)
         torch.save([model.state_dict(), read, draws], folder / f"shards{rank}.pt")
