@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,21 @@ def test_float16_clips_true_gradients_and_keeps_its_scale(nb, recipe, train, tmp
     assert state["scaler"]["_growth_tracker"] == 9
     train(nb.replace(recipe, epochs=2), file, precision=torch.float16)
     assert torch.load(file, weights_only=True)["scaler"]["_growth_tracker"] == 18
+
+
+@pytest.mark.parametrize("error", [None, AttributeError, TypeError])
+def test_memory_is_given_back_where_the_c_library_can(nb, recipe, train, monkeypatch, error):
+    """mallopt(M_MMAP_THRESHOLD, 4 MiB) is glibc's alone: macOS knows no mallopt, Windows no None."""
+    asked = []
+
+    def library(name):
+        if error:
+            raise error
+        return types.SimpleNamespace(mallopt=lambda *how: asked.append(how))
+
+    monkeypatch.setattr(nb, "ctypes", types.SimpleNamespace(CDLL=library))
+    train(nb.replace(recipe, epochs=1))
+    assert asked == ([] if error else [(-3, 4 * 1024**2)])
 
 
 def test_every_epoch_has_its_own_order_and_is_in_training_mode(nb, tiny, data, recipe):
