@@ -294,7 +294,7 @@ def test_float16_clips_true_gradients_and_keeps_its_scale(nb, recipe, train, tmp
 
 @pytest.mark.parametrize("error", [None, AttributeError, TypeError])
 def test_memory_is_given_back_where_the_c_library_can(nb, recipe, train, monkeypatch, error):
-    """mallopt(M_MMAP_THRESHOLD, 4 MiB) is glibc's alone: macOS knows no mallopt, Windows no None."""
+    """mallopt(M_MMAP_THRESHOLD, 4 MiB) is glibc's; macOS has no mallopt, Windows no CDLL(None)."""
     asked = []
 
     def library(name):
