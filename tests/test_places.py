@@ -24,10 +24,10 @@ def main_path(whole=False):
     ends = [i for i, cell in enumerate(book.cells) if re.match("## 11 ", cell.source)]
     end = None if whole else ends[0]
     book.cells = [cell for cell in book.cells[:end] if "handful" not in cell.source]
-    changed = "  # or Recipe(epochs=3)"
+    changed = "# recipe = replace(recipe, epochs=3)"
     assert sum(changed in cell.source for cell in book.cells) == 1
     for cell in book.cells:
-        cell.source = cell.source.replace(changed, f"\n{SHORT}{changed}")
+        cell.source = cell.source.replace(changed, SHORT + changed)
         if cell.cell_type == "code":
             cell.outputs = []
     return book

@@ -230,6 +230,23 @@ def test_a_variant_says_its_name_and_takes_its_parts(nb, model, tmp_path, img):
 # The Hub
 
 
+def test_an_eye_of_ones_own_may_hold_whole_numbers(nb, tiny, model, img, tmp_path):
+    class Eye(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("where", torch.arange(tiny.N_VIS * tiny.D_MODEL))
+
+        def forward(self, x):
+            return x.flatten(1)[:, self.where].view(len(x), tiny.N_VIS, tiny.D_MODEL)
+
+    cfg = nb.replace(tiny, VOCAB_SIZE=300)
+    own = nb.MiniVLM(cfg, Eye(), model.tokenizer).eval()
+    own.save_pretrained(tmp_path / "own")
+    again = nb.MiniVLM.from_pretrained(tmp_path / "own", vis_enc=Eye())
+    assert again.vis_enc.where.dtype == torch.int64
+    assert again.generate_greedy(img) == own.generate_greedy(img)
+
+
 def test_a_hub_repository_is_fetched_at_its_revision(nb, model, folder, img, monkeypatch):
     asked = {}
 

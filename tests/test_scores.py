@@ -253,8 +253,8 @@ def test_the_cells_score(nb, monkeypatch, capsys, data_name):
     for row in ("one sentence", "nearest training picture", "this model, beam-3", "a person"):
         assert row in printed
     assert namespace["table"]["one sentence for all"]["distinct"] == 1
-    means = printed.split("mean CIDEr ")[1].split()
-    assert float(means[0]) == pytest.approx(float(means[3]), abs=0.11)  # by hand, by the library
+    mean = float(printed.split("\nmean ")[1].split(",")[0])  # by hand; the table's, by the library
+    assert mean == pytest.approx(namespace["scores"]["beam-3"]["CIDEr"], abs=0.11)
     others = "[1] soft attention" in printed
     assert others == (data_name == "flickr8k"), "other data's scores stand beside the literature's"
 
