@@ -119,7 +119,7 @@ MUTATIONS = {
         ("total += tokens * loss_of", "total += loss_of"),
         ("CaptionLoss(model.eval())", "CaptionLoss(model)"),
         ("betas=(0.9, 0.95), fused=", "fused="),
-        ("mallopt(-3, 2**22)", "mallopt(-3, 2**32)"),
+        ("mallopt(-3, 2**25)", "mallopt(-3, 2**26)"),
         (' if sys.platform == "linux" else None  # no', "  # no"),
     ],
     "test_decoding": [
