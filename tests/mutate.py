@@ -119,8 +119,8 @@ MUTATIONS = {
         ("total += tokens * loss_of", "total += loss_of"),
         ("CaptionLoss(model.eval())", "CaptionLoss(model)"),
         ("betas=(0.9, 0.95), fused=", "fused="),
-        ("mallopt(-3, 2**25)", "mallopt(-3, 2**26)"),
-        (' if sys.platform == "linux" else None  # no', "  # no"),
+        ("(-3, 2**25), (-8, 1)", "(-3, 2**26), (-8, 1)"),
+        ('if sys.platform == "linux":  # glibc', "if True:  # glibc"),
     ],
     "test_decoding": [
         ("(logits / temperature)", "logits"),
