@@ -59,6 +59,7 @@ MUTATIONS = {
         ('.strip()) > 1:', '.strip()) > 0:'),
         ("items() if n > 1]", "items() if n > 9]"),
         ("sorted(names, key=fingerprint)", "sorted(names)"),
+        ("os.fsync(file.fileno())", "pass"),
         ("[images[: len(names)].clone(), names]", "[images[: len(names)].flip(0), names]"),
         ("mmap=True, weights_only=True)", "weights_only=False)"),
         ("file.stat().st_size, file.stat().st_mtime_ns", "0"),

@@ -405,13 +405,12 @@ def test_write_whole_leaves_the_old_file_or_the_new_one(nb, tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         nb.write_whole(path, fail)
     assert path.read_bytes() == b"old"
-    sizes = []  # all of it is in the file before the file gets its name
+    events = []  # safe on the disk first, under its name then
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append("fsync"))
     replace = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda old, new: sizes.append(os.path.getsize(old)) or replace(old, new)
-    )
+    monkeypatch.setattr(os, "replace", lambda *a: events.append("replace") or replace(*a))
     nb.write_whole(path, lambda file: file.write(b"newer"))
-    assert path.read_bytes() == b"newer" and sizes == [5]
+    assert path.read_bytes() == b"newer" and events == ["fsync", "replace"]
     assert list(path.parent.iterdir()) == [path], "nothing is left lying about"
 
 
