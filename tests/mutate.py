@@ -62,7 +62,7 @@ MUTATIONS = {
         ("os.fsync(file.fileno())", "pass"),
         ("[images[: len(names)].clone(), names]", "[images[: len(names)].flip(0), names]"),
         ("mmap=True, weights_only=True)", "weights_only=False)"),
-        ("file.stat().st_size, file.stat().st_mtime_ns", "0"),
+        ("(s := f.stat()).st_size, s.st_mtime_ns", "0"),
         ("repr((size, stats))", "repr(stats)"),
         ('r"\\.part/|__MACOSX"', 'r"__MACOSX"'),
         ("[captions[name] for name in names]", "[captions[name] for name in wanted[: len(names)]]"),
@@ -120,7 +120,7 @@ MUTATIONS = {
         ("total += tokens * loss_of", "total += loss_of"),
         ("CaptionLoss(model.eval())", "CaptionLoss(model)"),
         ("betas=(0.9, 0.95), fused=", "fused="),
-        ("(-3, 2**25), (-8, 1)", "(-3, 2**26), (-8, 1)"),
+        ("(-3, 2**24), (-1, 2**30)", "(-3, 2**25), (-1, 2**30)"),
         ('if sys.platform == "linux":  # glibc', "if True:  # glibc"),
     ],
     "test_decoding": [
