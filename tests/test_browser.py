@@ -86,6 +86,11 @@ def nbformat_prose():
 
 # JupyterLab
 
+SLOW = """import time
+at_once = plt.show
+plt.show = lambda: (time.sleep(1), at_once())
+"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -95,6 +100,8 @@ def lab(tmp_path_factory):
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+        if "def explore" in cell.source:  # time for messages that another thread handles, which
+            cell.source = SLOW + cell.source  # show and close all of pyplot's open figures
     nbformat.write(book, folder / "SupraVL_Nano.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,7 +136,11 @@ def lab(tmp_path_factory):
 
 
 def test_jupyterlab(browser, lab, tmp_path):
-    """Run all; then choose and upload photographs, and change the decoder, by mouse."""
+    """Run all; then choose and upload photographs, and change the decoder, by mouse.
+
+    ipykernel (7.4) handles messages of widgets in two threads at once, and shows pyplot's figures
+    after each: one that is just being drawn would be shown there, and be gone from its place.
+    """
     url, folder = lab
     tab, said = browser.new_page(viewport={"width": 1280, "height": 900}), []
     tab.on("console", lambda message: said.append(message.text))
