@@ -244,6 +244,8 @@ def test_an_eye_of_ones_own_may_hold_whole_numbers(nb, tiny, model, img, tmp_pat
     own.save_pretrained(tmp_path / "own")
     again = nb.MiniVLM.from_pretrained(tmp_path / "own", vis_enc=Eye())
     assert again.vis_enc.where.dtype == torch.int64
+    with pytest.raises(ValueError, match="Missing.*vis_enc.conv1.*Unexpected.*vis_enc.where"):
+        nb.MiniVLM.from_pretrained(tmp_path / "own")
     assert again.generate_greedy(img) == own.generate_greedy(img)
 
 
