@@ -260,4 +260,9 @@ def test_the_controls(nb, make, tokenizer, tmp_path, shown, monkeypatch):
             upload.notify_change({"name": "value", "new": new, "type": "change"})
             assert (photo.label, photo.index) == ("yours", 0)
     assert len(calls) == drawn + 2, "two uploads are pictures"
+    with contextlib.redirect_stdout(said):  # the notebook alone, without assets/
+        sample = nb.Image.open(files[0])
+        none = {"tuned": model, "photos": [], "sample_photo": sample, "importlib": importlib}
+        exec(source, vars(nb) | none)
+    assert shown[-1].children[0].value is sample and len(calls) == drawn + 3
     assert said.getvalue().count("can't be read") == 2

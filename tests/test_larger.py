@@ -366,7 +366,7 @@ def test_other_names_and_layouts(nb, tmp_path):
         (tmp_path / "part" / name).write_bytes(data)
     with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "part", "part")  # the folder, then its files by name
-    pictures, captions, broken = nb.read_shard(str(tmp_path / "some.tar.gz"), 16)
+    pictures, captions, broken = nb.read_shard(tmp_path / "some.tar.gz", 16)
     assert captions == ["one two", "three", "four"] and broken == 1
     assert pictures.float().mean((1, 2, 3)).round().tolist() == [10, 20, 30]
 

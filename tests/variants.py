@@ -220,7 +220,7 @@ def main(args):
     if args.row == "photos":
         new = {"beyond photos": photo_captions(nb, args)}
     else:
-        _, entry = train_row(nb, args, lambda line: print(line, flush=True))
+        _, entry = train_row(nb, args)
         key = f"{args.row}/{entry['epochs']}/{args.seed}"
         runs = dict(read_results(args.results).get("beyond runs", {})) | {key: entry}
         new = {"beyond runs": runs, "beyond": table(runs)}
