@@ -104,7 +104,7 @@ def dev_table(runs):
             "CIDEr beam-3": ([f["beam-3"]["CIDEr"] for f in found], 1),
             "distinct": ([f["beam-3"]["distinct"] for f in found], 0),
         }
-        table[f"{row}, {epochs} epochs, {stage}"] = {"seeds": len(found)} | {
+        table[f"{row}, {epochs} epochs, {stage}"] = {"trainings": len(found)} | {
             name: mean_and_spread(*column) for name, column in columns.items()
         }
     return dict(sorted(table.items(), key=lambda item: -float(item[1]["CIDEr beam-3"].split()[0])))
